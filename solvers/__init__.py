@@ -1,0 +1,48 @@
+"""Differentiable ODE solvers for PyTorch: explicit, Adams and proximal methods on one time loop."""
+
+from .adjoint import ADJOINTS, Adjoint
+from .api import solve
+from .control import CONTROLLERS, Controller, Jump
+from .loop import Step
+from .methods import METHODS, Method
+from .solution import Solution, Stats
+from .status import (
+    ArgumentError,
+    ArgumentTypeError,
+    InnerSolverError,
+    MaxStepsError,
+    NonFiniteError,
+    ProxodeError,
+    SolveError,
+    Status,
+    StepUnderflowError,
+    UnknownNameError,
+    UnsupportedError,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ADJOINTS",
+    "CONTROLLERS",
+    "METHODS",
+    "Adjoint",
+    "ArgumentError",
+    "ArgumentTypeError",
+    "Controller",
+    "InnerSolverError",
+    "Jump",
+    "MaxStepsError",
+    "Method",
+    "NonFiniteError",
+    "ProxodeError",
+    "Solution",
+    "SolveError",
+    "Stats",
+    "Status",
+    "Step",
+    "StepUnderflowError",
+    "UnknownNameError",
+    "UnsupportedError",
+    "solve",
+]

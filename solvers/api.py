@@ -1,0 +1,473 @@
+"""``solve``: the front door. It checks and resolves everything before f is called for the first time."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adjoint import ADJOINTS, Adjoint
+from .control import CONTROLLERS, Controller, Jump
+from .field import Field
+from .interpolate import DenseOutput
+from .layout import Layout, transforms_active
+from .loop import Plan, Step, Times, Trajectory
+from .methods import METHODS, Method
+from .norms import ErrorNorm
+from .registry import all_options, claim_options, nearest, option_owner, options_of
+from .saveat import KINDS, SaveAt
+from .solution import Last, Solution, Stats
+from .status import (
+    ERRORS,
+    FIRST_FAILURE,
+    ArgumentError,
+    ArgumentTypeError,
+    Status,
+    UnknownNameError,
+    UnsupportedError,
+)
+
+
+def solve(
+    field: Callable[..., Any],
+    y0: Any,
+    t: Any,
+    *,
+    method: str | Method = "dopri5",
+    rtol: Any = 1e-6,
+    atol: Any = 1e-9,
+    controller: str | Controller | None = None,
+    adjoint: str | Adjoint = "backprop",
+    inner: Any = "auto",
+    save: Any = None,
+    batch_dim: int | None = None,
+    batch_index: Tensor | None = None,
+    args: tuple[Any, ...] = (),
+    throw: bool = True,
+    progress: bool = False,
+    dense: bool = False,
+    dt: Any = None,
+    num_steps: int | None = None,
+    dt0: Any = None,
+    dt_min: float = 0.0,
+    dt_max: float = math.inf,
+    force_dt_min: bool = False,
+    max_steps: int = 100_000,
+    step_t: Any = (),
+    jumps: Sequence[Jump] = (),
+    observer: Callable[[Step], Any] | None = None,
+    norm: Callable[[Any], Tensor] | None = None,
+    time_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Solution:
+    """Integrate dy/dt = f(t, y, *args) and return the solution at the times ``t``.
+
+    Args:
+        field: f, called as ``f(t, y, *args)`` with ``t`` 0-dim (joint) or ``(B,)`` and ``y`` like ``y0``.
+        y0: the state: a tensor of any shape, or a tuple, list, dict or nested tree of tensors; real or complex.
+        t: output times, strictly monotone: ``(T,)``, or ``(B, T)`` in the batched modes, where rows may start, end and run
+            differently and be NaN-padded at their end. ``y[0]`` is the state at ``t[0]``. Differentiable.
+        method: a name in ``solvers.METHODS`` or a :class:`~solvers.Method`.
+        rtol, atol: tolerances of the local error: numbers, or tensors broadcastable to the state (units: none; those of y).
+        controller: "i" (default), "pi", "pid", "fixed", or a :class:`~solvers.Controller`. "fixed" alone steps on ``t``.
+        adjoint: "backprop", "checkpoint", "backsolve", or an :class:`~solvers.Adjoint`.
+        inner: the inner solver of an implicit method, by name or instance; "auto": the method's own choice.
+        save: None or "t": at ``t``; "final"; "steps": every accepted step; or a function ``(t, y) -> tree`` kept at ``t``
+            in place of y; or a pair of one of those names and a function.
+        batch_dim: None: one step size for the whole state. 0: dimension 0 counts samples, each with its own steps.
+        batch_index: ``(R,)`` integers: dimension 0 counts rows that belong to groups, each group with its own steps.
+        args: passed on to f; any gradient it needs is found.
+        throw: raise the exception of a failed solve (it carries ``.solution``); False: return what was reached.
+        progress: show a bar in t on a terminal.
+        dense: keep every step, for ``solution.dense(t)``.
+        dt, num_steps: constant steps of this size (> 0) or number. dt0: the first step of an adaptive solve.
+        dt_min: a smaller step is a failure (``force_dt_min``: is accepted and counted instead). dt_max: limit on steps.
+        max_steps: attempted steps, per sample.
+        step_t: times that steps must end at, ``(S,)`` (or ``(B, S)``). jumps: :class:`~solvers.Jump` s.
+        observer: called with a :class:`~solvers.Step` after every accepted step; true stops the solve (or, ``(B,)``, samples).
+        norm: of the scaled error, from a tree like the state to a 0-dim tensor (``(B,)`` in the batched modes).
+        time_dtype: dtype of the ``t`` that f sees; None: the state's real dtype.
+        **options: options of the chosen method, controller, adjoint or inner solver.
+
+    Returns a :class:`~solvers.Solution`.
+
+    Raises ``ArgumentError`` / ``ArgumentTypeError`` / ``UnknownNameError`` before any work for what cannot be used, and
+    one of ``NonFiniteError, StepUnderflowError, MaxStepsError, InnerSolverError`` after a failed solve.
+    """
+    if not callable(field):
+        raise ArgumentTypeError(f"field must be callable as f(t, y, *args), found {type(field).__name__}")
+    if not isinstance(args, tuple):
+        raise ArgumentTypeError(f"args must be a tuple, found {type(args).__name__}: write args=(x,)")
+    layout = Layout(y0, batch_dim, batch_index)
+    times = _parse_times(t, layout)
+    fixed = _fixed_mode(controller, dt, num_steps, dt0, times, layout)
+    scheme = _choose("method", METHODS, method, Method)
+    steering = _choose_controller(controller, scheme, fixed)
+    derivative = _choose("adjoint", ADJOINTS, adjoint, Adjoint)
+    scheme, steering, derivative = _apply_options(scheme, steering, derivative, inner, options)
+    error_norm = ErrorNorm(layout, rtol, atol, norm)
+    jumps = _check_jumps(jumps, layout)
+    user_times = Times(times, _parse_step_t(step_t, layout), fixed)
+    _check_limits(dt_min, dt_max, max_steps, observer, time_dtype)
+    clock = user_times.clock(layout, jumps)
+    plan = Plan(
+        field=Field(field, layout, args, time_dtype, error_norm),
+        layout=layout,
+        method=scheme,
+        controller=steering,
+        norm=error_norm,
+        clock=clock,
+        save=_parse_save(save),
+        jumps=jumps,
+        dt0=_first_dt(dt0, clock, fixed, layout),
+        dt_min=float(dt_min),
+        dt_max=float(dt_max),
+        force_dt_min=force_dt_min,
+        max_steps=max_steps,
+        observer=_with_progress(observer, clock, layout) if progress else observer,
+        dense=dense,
+        times=user_times,
+    )
+    if transforms_active() and (steering.adaptive or scheme.implicit):
+        raise UnsupportedError(
+            "torch.func transforms need an explicit method with fixed steps (dt= or num_steps=): adaptive steps depend on "
+            "values that a transform hides. For gradients of adaptive solves use torch.autograd"
+        )
+    stats = Stats()
+    trajectory = derivative.run(plan, layout.flatten(y0), stats)
+    return _finish(plan, trajectory, stats, throw)
+
+
+# -- arguments --------------------------------------------------------------------------------------------------------
+
+
+def _choose(kind: str, registry: Any, choice: Any, base: type) -> Any:
+    if isinstance(choice, str):
+        return registry[choice]
+    if isinstance(choice, base):
+        return choice
+    raise ArgumentTypeError(f"{kind} must be a name or a {base.__name__}, found {type(choice).__name__}")
+
+
+def _fixed_mode(controller: Any, dt: Any, num_steps: Any, dt0: Any, t: Tensor, layout: Layout) -> Any:
+    """None for adaptive steps, "grid", a positive dt, or an int number of steps."""
+    if dt is not None and num_steps is not None:
+        raise ArgumentError(f"dt={dt!r} and num_steps={num_steps!r} exclude each other")
+    named = controller is not None and not (controller == "fixed" or getattr(controller, "adaptive", True) is False)
+    if (dt is not None or num_steps is not None) and named:
+        raise ArgumentError(f"dt= and num_steps= mean fixed steps, which controller={controller!r} does not take")
+    if num_steps is not None:
+        if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
+            raise ArgumentError(f"num_steps must be an integer >= 1, found {num_steps!r}")
+        fixed: Any = num_steps
+    elif dt is not None:
+        fixed = _positive_step(dt, "dt", layout)
+    elif controller is not None and not named:
+        fixed = "grid"
+    else:
+        return None
+    if dt0 is not None:
+        raise ArgumentError("dt0 is the first step of an adaptive solve: for fixed steps give dt= or num_steps=")
+    return fixed
+
+
+def _positive_step(dt: Any, what: str, layout: Layout) -> Any:
+    if isinstance(dt, Tensor) and dt.dim() > 0:
+        if layout.joint or dt.shape != (layout.batch,):
+            raise ArgumentError(f"{what} must be a number or of shape (B,) in a batched mode, found {tuple(dt.shape)}")
+        low = float(dt.min())
+    elif isinstance(dt, (int, float, Tensor)) and not isinstance(dt, bool):
+        low = dt = float(dt)
+    else:
+        raise ArgumentTypeError(f"{what} must be a number, found {type(dt).__name__}")
+    if not low > 0 or not math.isfinite(low):
+        raise ArgumentError(f"{what} must be positive and finite, found {low} (its sign follows t)")
+    return dt
+
+
+def _first_dt(dt0: Any, clock: Any, fixed: Any, layout: Layout) -> Any:
+    if fixed is not None:
+        value = clock.fixed_dt.detach()
+        return value.item() if layout.joint else value.clone()
+    if dt0 is None:
+        return None
+    size = abs(dt0) if not isinstance(dt0, Tensor) else dt0.detach().abs()
+    size = _positive_step(size, "dt0", layout)
+    if layout.joint:
+        return math.copysign(size, clock.end - clock.start)
+    return torch.as_tensor(size, dtype=torch.float64, device=layout.device) * clock.sign
+
+
+def _choose_controller(controller: Any, method: Method, fixed: Any) -> Controller:
+    if fixed is not None:
+        if method.variable_order:
+            raise ArgumentError(
+                f"method {method.name!r} chooses its own steps and order: for fixed steps take 'explicit_adams' or "
+                "'implicit_adams'"
+            )
+        return controller if isinstance(controller, Controller) else CONTROLLERS["fixed"]
+    if method.error_order is None:
+        raise ArgumentError(
+            f"method {method.name!r} has no error estimate to choose steps by: give dt=, num_steps= or "
+            "controller='fixed' (steps on t)"
+        )
+    return _choose("controller", CONTROLLERS, controller or method.controller, Controller)
+
+
+def _apply_options(
+    method: Method, controller: Controller, adjoint: Adjoint, inner: Any, options: dict[str, Any]
+) -> tuple[Method, Controller, Adjoint]:
+    """Route each option to the part that owns it; unknown ones raise with the nearest known name."""
+    parts: dict[str, Any] = {"method": method, "controller": controller, "adjoint": adjoint}
+    if hasattr(method, "inner"):
+        parts["inner solver"] = method.choose_inner(inner)
+    elif inner != "auto":
+        raise ArgumentError(f"method {method.name!r} has no inner solver: leave inner={inner!r} away")
+    chosen: dict[str, dict[str, Any]] = {}
+    for name, value in options.items():
+        owner = option_owner(name)
+        if owner is None:
+            raise UnknownNameError(f"unknown option {name!r}: {nearest(name, all_options())}")
+        part = parts.get(owner)
+        if part is None or name not in options_of(part):
+            label = "none" if part is None else getattr(part, "name", type(part).__name__)
+            raise ArgumentError(f"option {name!r} belongs to another {owner} than the chosen one ({label})")
+        chosen.setdefault(owner, {})[name] = value
+    for owner, values in chosen.items():
+        parts[owner] = dataclasses.replace(parts[owner], **values)
+    if "inner solver" in parts:
+        parts["method"] = dataclasses.replace(parts["method"], inner=parts["inner solver"])
+    return parts["method"], parts["controller"], parts["adjoint"]
+
+
+def _parse_times(t: Any, layout: Layout) -> Tensor:
+    """Times as ``(T,)`` or, in the batched modes, ``(B, T)``, float64 on the state's device."""
+    if isinstance(t, Tensor):
+        times = t
+    else:
+        try:
+            entries = [torch.as_tensor(entry, dtype=torch.float64, device=layout.device) for entry in t]
+            times = torch.stack(torch.broadcast_tensors(*entries), dim=-1)
+        except (TypeError, ValueError, RuntimeError):
+            raise ArgumentTypeError(f"t must be a tensor or a sequence of numbers, found {t!r:.60}") from None
+    if times.is_complex() or times.dtype == torch.bool:
+        raise ArgumentTypeError(f"t must be real, found {times.dtype}")
+    times = times.to(device=layout.device, dtype=torch.float64)
+    if layout.joint and times.dim() != 1:
+        raise ArgumentError(
+            f"t must have shape (T,), found {tuple(times.shape)}: times per sample need batch_dim=0 or batch_index="
+        )
+    if not layout.joint:
+        if times.dim() == 1:
+            times = times.expand(layout.batch, -1)
+        if times.dim() != 2 or times.shape[0] != layout.batch:
+            raise ArgumentError(f"t must have shape (T,) or ({layout.batch}, T), found {tuple(times.shape)}")
+    if times.shape[-1] == 0:
+        raise ArgumentError("t must hold at least one time, found none")
+    _check_times(times.detach(), layout.joint)
+    return times
+
+
+def _check_times(t: Tensor, joint: bool) -> None:
+    rows = t.unsqueeze(0) if joint else t
+    bad = torch.isinf(rows) | (torch.isnan(rows) if joint else torch.zeros_like(rows, dtype=torch.bool))
+    known = ~torch.isnan(rows)
+    # NaN pads rows at their end only.
+    bad |= (known.long().diff(dim=1, prepend=known[:, :1].long()) > 0) | (~known & (torch.arange(rows.shape[1], device=rows.device) == 0))
+    if bool(bad.any()):
+        row, column = bad.nonzero()[0].tolist()
+        place = f"t[{column}]" if joint else f"t[{row}, {column}]"
+        raise ArgumentError(f"t must be finite (NaN may only pad the end of a row), found {place} = {rows[row, column]}")
+    difference = rows.diff(dim=1)
+    if difference.numel() == 0:
+        return
+    wrong = ~torch.isnan(difference) & (difference * torch.where(difference[:, :1] >= 0, 1.0, -1.0) <= 0)
+    # Two equal times are an empty interval, which is solved without a step.
+    wrong &= ~((known.sum(1, keepdim=True) == 2) & (difference == 0))
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        prefix = "" if joint else f"{row}, "
+        raise ArgumentError(
+            f"t must be strictly increasing or decreasing, found t[{prefix}{column}] = {rows[row, column]:.17g} followed by "
+            f"t[{prefix}{column + 1}] = {rows[row, column + 1]:.17g}"
+        )
+
+
+def _parse_step_t(step_t: Any, layout: Layout) -> tuple[Any, ...]:
+    if step_t is None:
+        return ()
+    times = torch.as_tensor(step_t, dtype=torch.float64, device=layout.device).detach()
+    if times.dim() == 1 or (times.dim() == 2 and not layout.joint and times.shape[0] == layout.batch):
+        if not bool(torch.isfinite(times).all()):
+            raise ArgumentError("step_t must be finite")
+        return tuple(times.tolist()) if times.dim() == 1 else tuple(times.unbind(1))
+    raise ArgumentError(f"step_t must have shape (S,), or (B, S) in a batched mode, found {tuple(times.shape)}")
+
+
+def _check_jumps(jumps: Any, layout: Layout) -> tuple[Jump, ...]:
+    if isinstance(jumps, Jump):
+        raise ArgumentTypeError("jumps must be a sequence of Jump: write jumps=[Jump(...)]")
+    for number, jump in enumerate(jumps):
+        if not isinstance(jump, Jump):
+            raise ArgumentTypeError(f"jumps[{number}] must be a Jump, found {type(jump).__name__}")
+        if jump.map is not None and not callable(jump.map):
+            raise ArgumentTypeError(f"the map of jumps[{number}] must be callable or None")
+        shape = tuple(jump.t.shape) if isinstance(jump.t, Tensor) else ()
+        if shape not in ((), (layout.batch,)) or (layout.joint and shape):
+            raise ArgumentError(f"t of jumps[{number}] must be a number, or (B,) in a batched mode, found shape {shape}")
+        if not isinstance(jump.t, (int, float, Tensor)):
+            raise ArgumentTypeError(f"t of jumps[{number}] must be a number or tensor, found {type(jump.t).__name__}")
+    return tuple(jumps)
+
+
+def _check_limits(dt_min: Any, dt_max: Any, max_steps: Any, observer: Any, time_dtype: Any) -> None:
+    if not isinstance(dt_min, (int, float)) or not dt_min >= 0:
+        raise ArgumentError(f"dt_min must be a number >= 0, found {dt_min!r}")
+    if not isinstance(dt_max, (int, float)) or not dt_max > 0:
+        raise ArgumentError(f"dt_max must be a number > 0, found {dt_max!r}")
+    if dt_min > dt_max:
+        raise ArgumentError(f"dt_min={dt_min} must not exceed dt_max={dt_max}")
+    if not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1:
+        raise ArgumentError(f"max_steps must be an integer >= 1, found {max_steps!r}")
+    if observer is not None and not callable(observer):
+        raise ArgumentTypeError(f"observer must be callable, found {type(observer).__name__}")
+    if time_dtype not in (None, torch.float32, torch.float64):
+        raise ArgumentError(f"time_dtype must be None, torch.float32 or torch.float64, found {time_dtype!r}")
+
+
+def _parse_save(save: Any) -> SaveAt:
+    if save is None:
+        return SaveAt()
+    if isinstance(save, tuple) and len(save) == 2 and isinstance(save[0], str) and callable(save[1]):
+        return _parse_save(save[0])._replace(fn=save[1])
+    if isinstance(save, str):
+        if save not in KINDS:
+            raise UnknownNameError(f"unknown save {save!r}: {nearest(save, KINDS)}")
+        return SaveAt(save)
+    if callable(save):
+        return SaveAt(fn=save)
+    raise ArgumentTypeError(f"save must be None, one of {KINDS}, a function (t, y), or a pair of both, found {save!r:.40}")
+
+
+# -- results ----------------------------------------------------------------------------------------------------------
+
+
+def _finish(plan: Plan, trajectory: Trajectory, stats: Stats, throw: bool) -> Solution:
+    layout = plan.layout
+    for name, value in trajectory.counts.items():
+        setattr(stats, name, value)
+    status = torch.as_tensor(trajectory.status, dtype=torch.int8)
+    last = Last(trajectory.t_last, layout.unflatten(trajectory.y_last), trajectory.dt_last)
+    solution = Solution(
+        t=trajectory.t,
+        y=trajectory.values if plan.save.fn is not None else layout.unflatten(trajectory.values),
+        status=status,
+        message=_message(plan, trajectory, status, stats),
+        stats=stats,
+        last=last,
+    )
+    if plan.dense:
+        start = plan.clock.start
+        solution.dense_output = DenseOutput(
+            plan.method, layout, trajectory.pieces, start, trajectory.t_last, trajectory.y_last
+        )
+    if throw and not solution.success:
+        worst = Status(int(status.max()))
+        raise ERRORS[worst](solution.message, solution)
+    return solution
+
+
+def _message(plan: Plan, trajectory: Trajectory, status: Tensor, stats: Stats) -> str:
+    worst = Status(int(status.max())) if status.numel() else Status.SUCCESS
+    if worst < FIRST_FAILURE:
+        done = "stopped by the observer" if worst == Status.STOPPED else "reached the end"
+        return f"{plan.method.name} {done} with {stats.nfe} evaluations of f."
+    samples = (status == worst).flatten().nonzero().flatten()
+    first = int(samples[0])
+    t, dt = trajectory.t_last, trajectory.dt_last
+    if not plan.layout.joint:
+        t, dt = float(t[first]), float(dt[first])
+        shown = ", ".join(str(i) for i in samples[:8].tolist()) + (", ..." if len(samples) > 8 else "")
+        who = f" in {len(samples)} of {status.numel()} samples ({shown}; the first:"
+    else:
+        who = " ("
+    place = f"{who} t = {t:.9g}, dt = {dt:.3g}, nfe = {stats.nfe})"
+    return f"{_WHAT[worst]}{place}. {_remedy(plan, trajectory, worst, first, stats)}"
+
+
+_WHAT = {
+    Status.NON_FINITE: "f or the state is not finite, however small the step",
+    Status.STEP_UNDERFLOW: "the step size underflowed",
+    Status.MAX_STEPS: "max_steps was reached before the end",
+    Status.INNER_NOT_CONVERGED: "the inner solver of an implicit step did not converge",
+}
+
+
+def _remedy(plan: Plan, trajectory: Trajectory, status: Status, sample: int, stats: Stats) -> str:
+    if status == Status.NON_FINITE:
+        fixed = "" if plan.controller.adaptive else "a smaller dt= or an adaptive controller, "
+        return f"The state that was reached is in .last; look at f there, or try {fixed}batch_dim=0 to spare other samples"
+    if status == Status.INNER_NOT_CONVERGED:
+        return "Try smaller steps, a larger max_iters= or inner_tol=, or another inner="
+    text = (
+        f"Raise max_steps (now {plan.max_steps}) or loosen rtol and atol"
+        if status == Status.MAX_STEPS
+        else f"The solution may be singular here; else loosen rtol and atol or lower dt_min (now {plan.dt_min:g})"
+    )
+    ratio = _stiffness(plan, trajectory, sample, stats)
+    if ratio is not None and ratio > 1.0:
+        stiff = next((name for name in METHODS if METHODS[name].implicit), None)
+        text += f"; the step size is limited by stability (dt times the spectral radius is {ratio:.2g}), try method={stiff!r}"
+    return text
+
+
+@torch.no_grad()
+def _stiffness(plan: Plan, trajectory: Trajectory, sample: int, stats: Stats, iterations: int = 12) -> float | None:
+    """|dt| rho(df/dy) of a sample where the solve ended, by the nonlinear power method; None if it cannot be told."""
+    if plan.method.implicit:
+        return None
+    field, layout = plan.field, plan.layout
+    y = trajectory.y_last.detach()
+    t = field.time(trajectory.t_last)
+    try:
+        base = field(t, y)
+        direction = base + 1e-3 * torch.sin(torch.arange(y.numel(), device=y.device)).view_as(y).to(y.dtype)
+        growth = None
+        for _ in range(iterations):
+            size = layout.norm(direction)
+            small = torch.finfo(layout.real_dtype).eps ** 0.5 * (layout.norm(y) + 1e-8)
+            factor = small / layout.ops.maximum(size, 1e-30)
+            direction = (field(t, y + layout.spread(factor) * direction) - base) / layout.spread(small)
+            growth = layout.norm(direction)
+        stats.nfe += iterations + 1
+    except Exception:  # f failing here must not hide the failure that is being reported
+        return None
+    rho = growth if layout.joint else float(growth[sample])  # type: ignore[index]
+    dt = trajectory.dt_last if layout.joint else float(trajectory.dt_last[sample])
+    value = abs(dt) * rho  # type: ignore[operator]
+    return value if math.isfinite(value) else None
+
+
+def _with_progress(observer: Any, clock: Any, layout: Layout) -> Callable[[Step], Any]:
+    """``observer`` plus a line on the terminal that shows how far t has come."""
+    if not sys.stderr.isatty():
+        return observer if observer is not None else lambda step: False
+
+    def show(step: Step) -> Any:
+        done = (step.t - clock.start) / (clock.end - clock.start)
+        done = float(done if layout.joint else done.min())
+        bar = "#" * int(30 * done)
+        sys.stderr.write(f"\r[{bar:<30}] {100 * done:5.1f} % of t{chr(10) if done >= 1 else ''}")
+        sys.stderr.flush()
+        return observer(step) if observer is not None else False
+
+    return show
+
+
+claim_options("solve", [p for p in inspect.signature(solve).parameters if p != "options"])

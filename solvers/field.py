@@ -1,0 +1,94 @@
+"""The vector field as solvers see it: the user's function on the flat state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import Layout
+
+
+class Field:
+    """dy/dt = f(t, y, *args) on the flat state of a :class:`~solvers.layout.Layout`.
+
+    Frozen for the length of a solve, counts nothing and holds no solver state; ``f`` is called in one place, here.
+
+    Args:
+        func: the user's ``f(t, y, *args)``.
+        layout: of the state.
+        args: extra arguments, passed through.
+        time_dtype: dtype of the ``t`` that f sees; None: the state's real dtype.
+        norm: the solve's error norm, for methods that stop an inner iteration by it.
+    """
+
+    __slots__ = ("_constants", "args", "func", "layout", "norm", "time_dtype")
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        layout: Layout,
+        args: tuple[Any, ...] = (),
+        time_dtype: torch.dtype | None = None,
+        norm: Any = None,
+    ) -> None:
+        self.func = func
+        self.layout = layout
+        self.args = args
+        self.time_dtype = time_dtype or layout.real_dtype
+        self.norm = norm
+        self._constants: dict[tuple[float, ...], Tensor] = {}
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        """f at time ``t`` (a tensor from :meth:`times`) and flat state ``y``; same shape as ``y``.
+
+        Raises ``ArgumentError`` / ``ArgumentTypeError`` if f returns another structure, shape, dtype or device.
+        """
+        layout = self.layout
+        dy = self.func(t, layout.unflatten(y), *self.args)
+        return layout.flatten(dy, "the value returned by f")
+
+    def into(self, t: Tensor, y: Tensor, out: Tensor) -> None:
+        """Write f(t, y) into ``out``, which has the user's shape (tensor states only)."""
+        layout = self.layout
+        dy = self.func(t, layout.unflatten(y), *self.args)
+        if type(dy) is Tensor and dy.shape == out.shape and dy.dtype == out.dtype:
+            out.copy_(dy)
+        else:
+            out.copy_(layout.flatten(dy, "the value returned by f").view(out.shape))
+
+    def times(self, t0: Any, dt: Any, nodes: tuple[float, ...]) -> tuple[Tensor, ...]:
+        """Stage times ``t0 + c dt`` for c in ``nodes``, as f wants them: 0-dim in joint mode, else ``(B,)``.
+
+        Computed in float64 and rounded once, so that float32 states at large t keep their stage times apart. Each is a
+        tensor of its own that f may mark as requiring a gradient.
+        """
+        layout = self.layout
+        if not isinstance(t0, Tensor) and not isinstance(dt, Tensor):
+            values = [t0 + c * dt for c in nodes]
+            if layout.device.type == "cpu":
+                return torch.tensor(values, dtype=self.time_dtype).unbind(0)
+            # A list would be copied from host memory, which waits for the device; a fill does not.
+            return tuple(torch.full((), v, dtype=self.time_dtype, device=layout.device) for v in values)
+        c = self._nodes(nodes)
+        if not layout.joint:
+            c = c.unsqueeze(1)
+        if isinstance(t0, Tensor):
+            times = torch.addcmul(t0, c, dt) if isinstance(dt, Tensor) else t0 + c * dt
+        else:
+            times = t0 + c * dt
+        return times.to(self.time_dtype).unbind(0)
+
+    def time(self, t: Any) -> Tensor:
+        """One time as f wants it."""
+        if isinstance(t, Tensor):
+            # A fresh tensor: f may mark its t as requiring a gradient.
+            return t.to(self.time_dtype) if t.dtype != self.time_dtype or t.requires_grad else t.clone()
+        return torch.full((), t, dtype=self.time_dtype, device=self.layout.device)
+
+    def _nodes(self, nodes: tuple[float, ...]) -> Tensor:
+        if nodes not in self._constants:
+            self._constants[nodes] = torch.tensor(nodes, dtype=torch.float64, device=self.layout.device)
+        return self._constants[nodes]

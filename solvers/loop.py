@@ -1,0 +1,560 @@
+"""The time loop. Nothing else in this package steps through time.
+
+One attempt: clip the step to the next stop, take it, judge it, keep or drop it, save what lies in it. ``_Run`` holds what
+every mode shares; ``_JointRun`` and ``_RowRun`` differ only in how a judged step is settled: with Python control flow, or
+with masks and a single read from the device per step.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .control import Controller, JointClock, Jump, RowClock, initial_step
+from .field import Field
+from .layout import Layout, transforms_active
+from .methods import Method
+from .norms import ErrorNorm
+from .saveat import JointSaver, RowSaver, SaveAt, Segment
+from .status import Status
+
+ROUNDING = 1.0 / 16.0
+"""A step is below rounding when a sixteenth of it does not change t: stages could not be told apart."""
+
+
+class Step(NamedTuple):
+    """What an observer sees after a step: its end ``t``, ``dt``, the user's ``y``, the error in units of the tolerance
+    (None for fixed steps) and, in the batched modes, which samples accepted it."""
+
+    t: Any
+    dt: Any
+    y: Any
+    error: Any
+    accepted: Any
+
+
+class Record(NamedTuple):
+    """One accepted step, as much of it as a replay needs. ``y`` and ``state`` are those before the step."""
+
+    t: Any
+    t1: Any
+    h: Any
+    hit: Any
+    stop: Any
+    outputs: Any
+    jumps: Any
+    accept: Any
+    active: Any
+    y: Tensor | None
+    state: Any
+
+
+class Piece(NamedTuple):
+    """One step of the dense output."""
+
+    t: Any
+    t1: Any
+    dense: Any
+    accept: Any
+
+
+@dataclass
+class Plan:
+    """Everything that a solve is made of, checked and resolved."""
+
+    field: Field
+    layout: Layout
+    method: Method
+    controller: Controller
+    norm: ErrorNorm
+    clock: JointClock | RowClock
+    save: SaveAt
+    jumps: tuple[Jump, ...] = ()
+    dt0: Any = None
+    dt_min: float = 0.0
+    dt_max: float = math.inf
+    force_dt_min: bool = False
+    max_steps: int = 100_000
+    observer: Callable[[Step], Any] | None = None
+    dense: bool = False
+    times: Times | None = None
+
+    def rebind(self, t: Tensor, args: tuple[Any, ...], jump_times: tuple[Any, ...]) -> Plan:
+        """The same plan on other (differentiable) times and arguments of the same shapes and values."""
+        field, norm = self.field, self.norm
+        assert self.times is not None
+        jumps = tuple(Jump(time, jump.map) for time, jump in zip(jump_times, self.jumps, strict=True))
+        norm = copy.copy(norm)
+        return dataclasses.replace(
+            self,
+            field=Field(field.func, field.layout, args, field.time_dtype, norm),
+            norm=norm,
+            jumps=jumps,
+            times=self.times._replace(t=t),
+            clock=self.times._replace(t=t).clock(self.layout, jumps),
+        )
+
+
+class Times(NamedTuple):
+    """The user's times: ``t`` ``(T,)`` or ``(B, T)`` float64; ``step_t`` columns; ``fixed``: None, "grid", a signed dt,
+    or an int, the number of steps."""
+
+    t: Tensor
+    step_t: tuple[Any, ...] = ()
+    fixed: Any = None
+
+    def clock(self, layout: Layout, jumps: tuple[Jump, ...]) -> JointClock | RowClock:
+        t = self.t
+        stops: list[tuple[Any, int | None]] = [(time, None) for time in self.step_t]
+        stops += [(jump.t, number) for number, jump in enumerate(jumps)]
+        if self.fixed == "grid":
+            inner = t[..., 1:-1] if t.requires_grad else t[..., 1:-1].detach()
+            columns = inner.unbind(-1) if inner.requires_grad or not layout.joint else inner.tolist()
+            stops = [(column, None) for column in columns] + stops
+        fixed = None if self.fixed is None else self._fixed_dt()
+        return (JointClock if layout.joint else RowClock)(t, stops, fixed)
+
+    def _fixed_dt(self) -> Tensor:
+        t = self.t
+        last = t[..., -1]
+        if t.dim() == 2:
+            last = t.gather(1, (torch.isfinite(t.detach()).sum(1) - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
+        span = last - t[..., 0]
+        if self.fixed == "grid":
+            return torch.copysign(torch.full_like(span.detach(), torch.inf), span.detach())
+        if isinstance(self.fixed, int):
+            return span / self.fixed
+        return torch.copysign(torch.as_tensor(self.fixed, dtype=span.dtype, device=span.device), span.detach())
+
+
+class Trajectory(NamedTuple):
+    """What the loop found; times float64. ``values``: flat ``(T, *layout.shape)``, or a tree of what ``save.fn`` gave."""
+
+    t: Tensor
+    values: Any
+    status: Any
+    t_last: Any
+    y_last: Tensor
+    dt_last: Any
+    counts: dict[str, Any]
+    pieces: list[Piece]
+
+
+def drive(plan: Plan, y0: Tensor, tape: Callable[[Record], None] | None = None) -> Trajectory:
+    """Integrate the flat state ``y0`` over ``plan.clock``; gradients flow where autograd is enabled.
+
+    ``tape`` is called with a :class:`Record` of every step in which something was accepted.
+    """
+    run = (_JointRun if plan.layout.joint else _RowRun)(plan, y0, tape)
+    run.start()
+    while run.running:
+        run.attempt()
+    return run.finish()
+
+
+class _Run:
+    def __init__(self, plan: Plan, y0: Tensor, tape: Callable[[Record], None] | None) -> None:
+        self.plan, self.layout, self.ops = plan, plan.layout, plan.layout.ops
+        self.clock: Any = plan.clock
+        self.tape = tape
+        self.y = y0
+        self.t: Any = self.clock.start
+        self.lo: Any = self.clock.first()
+        self.running = True
+        self.active: Any = True
+        self.attempts = 0
+        self.nfe = 0
+        self.pieces: list[Piece] = []
+        self.readable = not transforms_active()
+        self.grad = torch.is_grad_enabled()
+
+    def begin(self) -> None:
+        """First evaluation, first step size, method and controller state."""
+        plan = self.plan
+        f0 = plan.field(plan.field.time(self.lo), self.y)
+        self.nfe += 1
+        with torch.no_grad():
+            self.defined = self.layout.finite(f0) if self.readable else True
+            self.dt = self._first_dt(f0)
+            self.controls = plan.controller.init(self.ops, self.dt)
+        self.state = plan.method.init(plan.field, self.lo, self.dt, self.y, f0)
+
+    def _first_dt(self, f0: Tensor) -> Any:
+        plan, clock = self.plan, self.clock
+        if plan.dt0 is not None:
+            return plan.dt0
+        order = plan.method.error_order or plan.method.order + 1
+        span = clock.end - clock.start
+        dt, work = initial_step(plan.field, plan.norm, self.t, self.y, f0, order, span)
+        self.nfe += work
+        dt = self.ops.maximum(self.ops.minimum(dt, plan.dt_max), plan.dt_min)
+        return self.ops.copysign(dt, span)
+
+    def attempt(self) -> None:
+        plan, clock = self.plan, self.clock
+        if self.attempts >= plan.max_steps:
+            self.give_up(Status.MAX_STEPS)
+            return
+        self.attempts += 1
+        t1, h, hit = clock.propose(self.t, self.dt, self.active)
+        if clock.differentiable:
+            step, end = clock.graph(self.lo, t1, h, hit)
+            out = plan.method.step(plan.field, self.lo, step, self.y, self.state, self.active)
+        else:
+            step, end = h, t1
+            out = plan.method.step(plan.field, self.t, h, self.y, self.state, self.active)
+        self.nfe += out.work
+        if self.grad:
+            with torch.no_grad():
+                ratio, decision = self.judge(out)
+        else:
+            ratio, decision = self.judge(out)
+        error = ratio[1] if isinstance(ratio, tuple) else ratio
+        self.settle(out, decision, error, t1, h, hit, step, end)
+
+    def judge(self, out: Any) -> tuple[Any, Any]:
+        """Error of the step and what the controller makes of it."""
+        plan = self.plan
+        ratio = self.measure(out)
+        order = plan.method.error_order or 1
+        return ratio, plan.controller.update(self.ops, ratio, order, self.controls, self.state)
+
+    def measure(self, out: Any) -> Any:
+        """Error in units of the tolerance; infinite where the step failed, 0 for a good fixed step."""
+        plan, ops = self.plan, self.ops
+        if plan.controller.adaptive:
+            ratio = plan.method.ratio(plan.norm, plan.norm.scale(self.y, out.y1), out)
+        elif self.readable:
+            ratio = ops.where(self.layout.finite(out.y1), 0.0, math.inf)
+        else:
+            ratio = 0.0
+        if out.status is None:
+            return ratio
+        good = out.status == Status.SUCCESS
+        if isinstance(ratio, tuple):
+            return tuple(ops.where(good, r, math.inf) for r in ratio)
+        return ops.where(good, ratio, math.inf)
+
+    def interpolator(self, out: Any, needed: bool) -> tuple[Any, Callable[[Tensor], Tensor]]:
+        """The step's dense data, completed if ``needed``, and its interpolant."""
+        method, dense = self.plan.method, out.dense
+        if needed or self.plan.dense:
+            dense, work = method.prepare(self.plan.field, dense)
+            self.nfe += work
+        return dense, lambda theta: method.interpolate(dense, theta)
+
+    def restarted(self, y: Tensor) -> Any:
+        """Method state for a new start from ``y`` at the current time."""
+        field = self.plan.field
+        f0 = field(field.time(self.lo), y)
+        self.nfe += 1
+        return self.plan.method.init(field, self.lo, self.dt, y, f0)
+
+    def counts(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def give_up(self, status: Status) -> None:
+        raise NotImplementedError
+
+
+class _JointRun(_Run):
+    """All of the state in one step: Python floats and branches."""
+
+    def start(self) -> None:
+        self.saver = JointSaver(self.plan.save, self.layout, self.clock)
+        self.saver.start(self.y)
+        self.status = Status.RUNNING
+        self.accepted = self.rejected = self.inner = self.forced = 0
+        self.dt = 0.0 if self.plan.dt0 is None else self.plan.dt0
+        if self.clock.start == self.clock.end:
+            self.give_up(Status.SUCCESS)
+            return
+        self.begin()
+        if not self.defined:
+            self.give_up(Status.NON_FINITE)
+
+    def give_up(self, status: Status) -> None:
+        self.status, self.running = status, False
+
+    def settle(self, out, decision, error, t1, h, hit, step, end) -> None:
+        plan = self.plan
+        self.inner += out.inner
+        accept = decision.accept or self._force(h, error)
+        dt = self._next_dt(h * decision.factor, accept, hit)
+        if decision.order is not None and not accept:
+            self.state = self.state._replace(order=decision.order)
+        if not accept:
+            self.rejected += 1
+            if not plan.controller.adaptive or self._stuck(h):
+                self.give_up(_cause(out.status, error))
+            self.dt = dt
+            return
+        self.accepted += 1
+        self.controls = decision.state
+        self._keep(out, decision, t1, h, hit, step, end)
+        self.dt = dt if plan.controller.adaptive else self.dt
+        if plan.observer is not None and self.running:
+            ratio = error if plan.controller.adaptive else None
+            if plan.observer(Step(t1, h, self.layout.unflatten(self.y), ratio, True)):
+                self.give_up(Status.STOPPED)
+
+    def _keep(self, out, decision, t1, h, hit, step, end) -> None:
+        plan, clock = self.plan, self.clock
+        lo, before, state, stop = self.lo if clock.differentiable else self.t, self.y, self.state, clock.next
+        jumps = clock.jumps(True, hit)
+        ended = clock.advance(True, hit)
+        pending = self.saver.pending(t1)
+        interior = pending is not None and pending[1] > pending[0]
+        dense, interpolate = self.interpolator(out, interior)
+        if plan.dense:
+            self.pieces.append(Piece(self.t, t1, plan.method.snapshot(dense), True))
+        if self.tape is not None:
+            stored = None if plan.method.one_step else state
+            self.tape(Record(self.t, t1, h, hit, stop, pending, jumps, True, True, before, stored))
+        t0, self.t, self.lo, self.y = self.t, t1, end if clock.differentiable else t1, out.y1
+        self.state = out.state if decision.order is None else out.state._replace(order=decision.order)
+        if jumps:
+            self.y = apply_jumps(plan, jumps, self.lo, self.y)
+        self.saver.step(pending, Segment(lo, step if clock.differentiable else t1 - t0, t1, self.y, interpolate), ended)
+        if ended:
+            self.give_up(Status.SUCCESS)
+        elif jumps:
+            self.state = self.restarted(self.y)
+
+    def _next_dt(self, dt: float, accept: bool, hit: bool) -> float:
+        plan = self.plan
+        size = min(abs(dt), plan.dt_max)
+        if accept and hit:
+            # The clip says nothing about the error: go on with the step that was wanted before it.
+            size = max(size, min(abs(self.dt), plan.dt_max))
+        return math.copysign(max(size, plan.dt_min), dt)
+
+    def _stuck(self, h: float) -> bool:
+        return abs(h) <= self.plan.dt_min * (1 + 1e-12) or self.t + h * ROUNDING == self.t
+
+    def _force(self, h: float, error: float) -> bool:
+        plan = self.plan
+        if not plan.force_dt_min or not math.isfinite(error) or abs(h) > plan.dt_min * (1 + 1e-12):
+            return False
+        self.forced += 1
+        return True
+
+    def finish(self) -> Trajectory:
+        if self.status == Status.SUCCESS and self.readable and not self.layout.finite(self.y.detach()):
+            self.status = Status.NON_FINITE
+        t, values = self.saver.finish(self.t, self.y)
+        counts = {
+            "nfe": self.nfe,
+            "nfe_per_sample": self.nfe,
+            "accepted": self.accepted,
+            "rejected": self.rejected,
+            "inner_iterations": self.inner,
+            "forced": self.forced,
+        }
+        return Trajectory(t, values, self.status, self.t, self.y, self.dt, counts, self.pieces)
+
+
+class _RowRun(_Run):
+    """Every sample its own step: masks, and one read from the device per attempt."""
+
+    def start(self) -> None:
+        clock, layout = self.clock, self.layout
+        self.saver = RowSaver(self.plan.save, layout, clock)
+        alone = clock.start == clock.end
+        self.saver.start(self.t, self.y, alone)
+        self.status = torch.where(alone, int(Status.SUCCESS), int(Status.RUNNING)).to(torch.int8)
+        zero = torch.zeros(layout.batch, dtype=torch.int64, device=layout.device)
+        self.accepted, self.inner, self.forced = zero, zero.clone(), zero.clone()
+        self.nfe_rows, self.tries = zero.clone(), zero.clone()
+        self.active = ~alone
+        self.dt = self.dt_last = torch.zeros_like(clock.start)
+        self.running = bool(self.active.any())
+        if self.running:
+            self.begin()
+            self.dt_last = self.dt
+            undefined = self.active & ~self.defined
+            if bool(undefined.any()):
+                self._end(undefined, Status.NON_FINITE)
+                self.running = bool(self.active.any())
+
+    def _end(self, mask: Tensor, status: Any) -> None:
+        """Samples in ``mask`` freeze with ``status`` (a code or ``(B,)`` codes)."""
+        code = status if isinstance(status, Tensor) else torch.full_like(self.status, int(status))
+        self.status = torch.where(mask, code, self.status)
+        self.nfe_rows = torch.where(mask, self.nfe, self.nfe_rows)
+        self.tries = torch.where(mask, self.attempts, self.tries)
+        self.active = self.active & ~mask
+
+    def give_up(self, status: Status) -> None:
+        self._end(self.active, status)
+        self.running = False
+
+    def settle(self, out, decision, error, t1, h, hit, step, end) -> None:
+        plan, clock = self.plan, self.clock
+        with torch.no_grad():
+            accept = decision.accept & self.active
+            forced = self._force(h, error) & ~accept if plan.force_dt_min else None
+            if forced is not None:
+                accept = accept | forced
+                self.forced = self.forced + forced
+            reject = self.active & ~accept
+            bad = reject & self._stuck(h) if plan.controller.adaptive else reject
+            done = clock.finishes(accept, t1)
+            count, inside = self.saver.pending(accept, t1) if self.saver.interior else (None, None)
+            jumping = clock.jumping(accept, t1)
+            flags = self._read(done, bad, reject, error, accept & hit, jumping, count, inside)
+            dt = self._next_dt(h * decision.factor, accept & hit if flags.hit else None)
+        if flags.redo:
+            out, step = self._redo(error, step)
+        if out.inner is not None and plan.method.implicit:
+            self.inner = self.inner + out.inner * self.active
+        self.controls = decision.state
+        self.accepted = self.accepted + accept
+        self._keep(out, decision, accept, t1, h, hit, step, end, flags, count, jumping)
+        if flags.bad:
+            self._end(bad, _causes(out.status, error, self.status))
+        if flags.done:
+            self._end(done, Status.SUCCESS)
+        if flags.bad or flags.done:
+            self.running = flags.running
+        if plan.controller.adaptive:
+            self.dt_last = torch.where(self.active | done, dt, self.dt_last) if flags.done or flags.bad else dt
+            self.dt = dt
+        if plan.observer is not None:
+            self._observe(Step(t1, h, self.layout.unflatten(self.y), error if plan.controller.adaptive else None, accept))
+
+    def _read(self, done, bad, reject, error, hit, jumping, count, inside) -> _Flags:
+        """The one read of this step."""
+        masks = [self.active & ~(done | bad), done, bad, hit]
+        if self.grad:
+            masks.append(reject & ~torch.isfinite(error))
+        masks += jumping.values()
+        values = torch.stack(masks).any(1)
+        if count is not None:
+            values = torch.cat([values, torch.stack([count, inside]).amax(1)])
+        read = values.tolist()
+        most, inner = (int(read[-2]), int(read[-1])) if count is not None else (0, 0)
+        redo = bool(self.grad and read[4])
+        first = 5 if self.grad else 4
+        jumps = tuple(j for j, flag in zip(jumping, read[first:], strict=False) if flag)
+        return _Flags(bool(read[0]), bool(read[1]), bool(read[2]), bool(read[3]), redo, jumps, most, inner)
+
+    def _redo(self, error: Tensor, step: Tensor) -> tuple[Any, Tensor]:
+        """The step again, with samples that met a NaN standing still: 0 * NaN would poison the gradient of all."""
+        plan = self.plan
+        still = torch.where(torch.isfinite(error), step, 0.0)
+        lo = self.lo if self.clock.differentiable else self.t
+        out = plan.method.step(plan.field, lo, still, self.y, self.state, self.active)
+        self.nfe += out.work
+        return out, still
+
+    def _keep(self, out, decision, accept, t1, h, hit, step, end, flags, count, jumping) -> None:
+        plan, clock, layout = self.plan, self.clock, self.layout
+        lo, before, state, following = self.lo, self.y, self.state, clock.next
+        dense, interpolate = self.interpolator(out, flags.inner > 0)
+        if plan.dense:
+            self.pieces.append(Piece(self.t, t1, plan.method.snapshot(dense), accept))
+        if self.tape is not None:
+            stored = None if plan.method.one_step else state
+            outputs = (self.saver.done, count, flags.most, flags.inner)
+            jumps = {j: jumping[j] for j in flags.jumps}
+            self.tape(Record(self.t, t1, h, hit, following, outputs, jumps, accept, self.active, before, stored))
+        order = decision.order
+        new, old = out.state, self.state
+        if order is not None:
+            new, old = new._replace(order=order), old._replace(order=torch.where(self.active, order, old.order))
+        self.y, self.state = layout.merge(accept, (out.y1, new), (self.y, old))
+        segment_lo = lo if clock.differentiable else self.t
+        self.t = torch.where(accept, t1, self.t)
+        self.lo = torch.where(accept, end, lo) if clock.differentiable else self.t
+        if flags.hit:
+            clock.advance(accept, hit, t1)
+        for number in flags.jumps:
+            mapped = apply_jumps(plan, (number,), self.lo, self.y)
+            self.y = torch.where(layout.spread(jumping[number]), mapped, self.y)
+        segment = Segment(segment_lo, step, self.t, self.y, interpolate)
+        if flags.most:
+            self.saver.step(count, flags.most, flags.inner, segment)
+        elif plan.save.kind == "steps":
+            self.saver.step_end(accept, segment)
+        if flags.jumps and flags.running:
+            some = torch.stack([jumping[number] for number in flags.jumps]).any(0)
+            self.state = layout.merge(some, self.restarted(self.y), self.state)
+
+    def _next_dt(self, dt: Tensor, clipped: Tensor | None) -> Tensor:
+        plan = self.plan
+        if clipped is not None:
+            dt = torch.where(clipped & (dt.abs() < self.dt.abs()), self.dt, dt)
+        if plan.dt_max < math.inf or plan.dt_min > 0:
+            dt = torch.copysign(dt.abs().clamp(plan.dt_min, plan.dt_max), dt)
+        return dt
+
+    def _stuck(self, h: Tensor) -> Tensor:
+        stuck = torch.add(self.t, h, alpha=ROUNDING) == self.t
+        return stuck | (h.abs() <= self.plan.dt_min * (1 + 1e-12)) if self.plan.dt_min else stuck
+
+    def _force(self, h: Tensor, error: Tensor) -> Tensor:
+        small = h.abs() <= self.plan.dt_min * (1 + 1e-12)
+        return small & self.active & torch.isfinite(error)
+
+    def _observe(self, step: Step) -> None:
+        stop = self.plan.observer(step)  # type: ignore[misc]
+        if stop is None or stop is False:
+            return
+        mask = self.active & torch.as_tensor(stop, device=self.active.device)
+        self._end(mask, Status.STOPPED)
+        self.running = bool(self.active.any())
+
+    def finish(self) -> Trajectory:
+        success = self.status == Status.SUCCESS
+        broken = success & ~self.layout.finite(self.y.detach())
+        self.status = torch.where(broken, int(Status.NON_FINITE), self.status).to(torch.int8)
+        t, values = self.saver.finish(self.t, self.y, success)
+        counts = {
+            "nfe": self.nfe,
+            "nfe_per_sample": self.nfe_rows,
+            "accepted": self.accepted,
+            "rejected": self.tries - self.accepted,
+            "inner_iterations": self.inner,
+            "forced": self.forced,
+        }
+        return Trajectory(t, values, self.status, self.t, self.y, self.dt_last, counts, self.pieces)
+
+
+class _Flags(NamedTuple):
+    running: bool
+    done: bool
+    bad: bool
+    hit: bool
+    redo: bool
+    jumps: tuple[int, ...]
+    most: int
+    inner: int
+
+
+def apply_jumps(plan: Plan, numbers: tuple[int, ...], t: Any, y: Tensor) -> Tensor:
+    """The flat state after the maps of jumps ``numbers`` at time ``t``."""
+    for number in numbers:
+        jump = plan.jumps[number]
+        if jump.map is not None:
+            mapped = jump.map(plan.field.time(t), plan.layout.unflatten(y))
+            y = plan.layout.flatten(mapped, f"the value returned by the map of jump {number}")
+    return y
+
+
+def _cause(status: Any, error: float) -> Status:
+    if status is not None and status != Status.SUCCESS:
+        return Status(int(status))
+    return Status.STEP_UNDERFLOW if math.isfinite(error) else Status.NON_FINITE
+
+
+def _causes(status: Any, error: Tensor, like: Tensor) -> Tensor:
+    cause = torch.where(torch.isfinite(error), int(Status.STEP_UNDERFLOW), int(Status.NON_FINITE)).to(like.dtype)
+    return cause if status is None else torch.where(status != Status.SUCCESS, status.to(like.dtype), cause)

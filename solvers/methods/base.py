@@ -1,0 +1,92 @@
+"""What a method is: a pure step from one state to the next, and an interpolant over it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from ..registry import Registry
+
+
+class StepOut(NamedTuple):
+    """What one attempted step gives.
+
+    y1: the state at the end, flat. error: an estimate of its local error (units of y, detached, flat), a tuple of those
+    for the orders (k-1, k, k+1) of a method of variable order, or None. dense: whatever ``interpolate`` needs. state: the
+    method's state if the step is accepted. work: calls of f made. status: None if all went well, else a
+    :class:`~solvers.status.Status` (joint) or ``(B,)`` int8 tensor of them that is ``SUCCESS`` (0) where it went well;
+    a failing code rejects the step. inner: inner iterations, int or ``(B,)``. forward/backward: exact Jacobian products.
+    """
+
+    y1: Tensor
+    error: Any
+    dense: Any
+    state: Any
+    work: int
+    status: Any = None
+    inner: Any = 0
+
+
+class Method(ABC):
+    """A one-step or multistep formula. Instances are frozen dataclasses without any per-solve data.
+
+    Keyword-only dataclass fields are the options that ``solve`` accepts for it.
+
+    What an implementation may rely on, and must keep:
+
+    1. ``t0`` and ``dt`` are Python floats in joint mode, or 0-dim float64 tensors when a gradient to ``t`` is wanted;
+       ``(B,)`` float64 tensors in the batched modes. ``dt < 0`` integrates backwards. ``dt`` is 0 for frozen samples.
+    2. ``step`` is pure: the same arguments give the same result; a rejected step is repeated with another ``dt`` and the
+       same ``state``. Workspaces may live in the state as long as that stays true.
+    3. A state is a nest of tuples. Tensor leaves are state-like (``layout.shape``) or, in the batched modes, ``(B,)``;
+       joint mode also holds Python numbers. History is a tuple of tensors, so that steps share them.
+    4. Whoever calls f counts the call in ``work``.
+    5. Under ``torch.is_grad_enabled()`` nothing that enters ``y1``, ``dense`` or ``state`` is computed in place.
+    """
+
+    name: str
+    order: int
+    error_order: int | None
+    """Exponent of dt in the error estimate (embedded order + 1), or None without an estimate."""
+    reference: str
+    implicit: ClassVar[bool] = False
+    one_step: ClassVar[bool] = True
+    """Whether ``state`` can be rebuilt from (t, y) alone, so that a replay need not store it."""
+    variable_order: ClassVar[bool] = False
+    controller: ClassVar[str] = "i"
+    """Name of the controller that steers it unless the user chooses one."""
+
+    @abstractmethod
+    def init(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor | None) -> Any:
+        """State for a (re)start at ``t0``; ``f0 = f(t0, y0)`` if it is known. Calls no f."""
+
+    @abstractmethod
+    def step(self, field: Any, t0: Any, dt: Any, y0: Tensor, state: Any, active: Any) -> StepOut:
+        """Attempt one step. ``active``: True, or the ``(B,)`` mask of samples that still move."""
+
+    def prepare(self, field: Any, dense: Any) -> tuple[Any, int]:
+        """Complete ``dense`` for interpolation, with the calls of f that took; called once per step with outputs."""
+        return dense, 0
+
+    @abstractmethod
+    def interpolate(self, dense: Any, theta: Tensor, derivative: int = 0) -> Tensor:
+        """The continuous extension at ``t0 + theta dt``.
+
+        ``theta``: ``(n,)`` (joint) or ``(n, B)``, float64. Returns ``(n, *layout.shape)``; with ``derivative`` d the d-th
+        derivative in t.
+        """
+
+    def snapshot(self, dense: Any) -> Any:
+        """A prepared ``dense`` that stays valid after later steps (workspaces copied)."""
+        return dense
+
+    def ratio(self, norm: Any, scale: Tensor, out: StepOut) -> Any:
+        """Error of the step in units of the tolerance; per order if ``out.error`` is a tuple."""
+        if isinstance(out.error, tuple):
+            return tuple(norm(e, scale) for e in out.error)
+        return norm(out.error, scale)
+
+
+METHODS: Registry[Method] = Registry("method")

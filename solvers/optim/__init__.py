@@ -1,0 +1,15 @@
+"""Inner solvers of implicit steps, registered by name in :data:`INNER_OPTIMIZERS`."""
+
+from . import conjugate  # noqa: F401  (registration)
+from .base import INNER_OPTIMIZERS, InnerOptimizer, InnerProblem, InnerResult, InnerStep, Point, ProximalProblem, minimise
+
+__all__ = [
+    "INNER_OPTIMIZERS",
+    "InnerOptimizer",
+    "InnerProblem",
+    "InnerResult",
+    "InnerStep",
+    "Point",
+    "ProximalProblem",
+    "minimise",
+]
