@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -114,7 +115,7 @@ def solve(
     error_norm = ErrorNorm(layout, rtol, atol, norm)
     jumps = _check_jumps(jumps, layout)
     user_times = Times(times, _parse_step_t(step_t, layout), fixed)
-    _check_limits(dt_min, dt_max, max_steps, observer, time_dtype)
+    _check_limits(dt_min, dt_max, force_dt_min, max_steps, observer, time_dtype)
     clock = user_times.clock(layout, jumps)
     plan = Plan(
         field=Field(field, layout, args, time_dtype, error_norm),
@@ -197,8 +198,9 @@ def _first_dt(dt0: Any, clock: Any, fixed: Any, layout: Layout) -> Any:
         return value.item() if layout.joint else value.clone()
     if dt0 is None:
         return None
-    size = abs(dt0) if not isinstance(dt0, Tensor) else dt0.detach().abs()
-    size = _positive_step(size, "dt0", layout)
+    # Its sign is that of t, so that the dt of an earlier solve, which has one, can be given.
+    signless = isinstance(dt0, (int, float, Tensor)) and not isinstance(dt0, bool)
+    size = _positive_step(abs(dt0.detach() if isinstance(dt0, Tensor) else dt0) if signless else dt0, "dt0", layout)
     if layout.joint:
         return math.copysign(size, clock.end - clock.start)
     return torch.as_tensor(size, dtype=torch.float64, device=layout.device) * clock.sign
@@ -253,7 +255,7 @@ def _parse_times(t: Any, layout: Layout) -> Tensor:
     else:
         try:
             entries = [torch.as_tensor(entry, dtype=torch.float64, device=layout.device) for entry in t]
-            times = torch.stack(torch.broadcast_tensors(*entries), dim=-1)
+            times = torch.stack(torch.broadcast_tensors(*entries), dim=-1) if entries else torch.zeros(0)
         except (TypeError, ValueError, RuntimeError):
             raise ArgumentTypeError(f"t must be a tensor or a sequence of numbers, found {t!r:.60}") from None
     if times.is_complex() or times.dtype == torch.bool:
@@ -275,11 +277,18 @@ def _parse_times(t: Any, layout: Layout) -> Tensor:
 
 
 def _check_times(t: Tensor, joint: bool) -> None:
+    if joint:
+        v = t.tolist()
+        ordered = all(map(operator.lt, v, v[1:])) or all(map(operator.gt, v, v[1:]))
+        if ordered and math.isfinite(v[0]) and math.isfinite(v[-1]):
+            return
     rows = t.unsqueeze(0) if joint else t
     bad = torch.isinf(rows) | (torch.isnan(rows) if joint else torch.zeros_like(rows, dtype=torch.bool))
     known = ~torch.isnan(rows)
-    # NaN pads rows at their end only.
-    bad |= (known.long().diff(dim=1, prepend=known[:, :1].long()) > 0) | (~known & (torch.arange(rows.shape[1], device=rows.device) == 0))
+    # NaN pads rows at their end only: none first, none before a time.
+    needed = known.long().flip(1).cumsum(1).flip(1) > 0
+    needed[:, 0] = True
+    bad |= needed & ~known
     if bool(bad.any()):
         row, column = bad.nonzero()[0].tolist()
         place = f"t[{column}]" if joint else f"t[{row}, {column}]"
@@ -302,37 +311,53 @@ def _check_times(t: Tensor, joint: bool) -> None:
 def _parse_step_t(step_t: Any, layout: Layout) -> tuple[Any, ...]:
     if step_t is None:
         return ()
-    times = torch.as_tensor(step_t, dtype=torch.float64, device=layout.device).detach()
+    try:
+        times = torch.as_tensor(step_t, dtype=torch.float64, device=layout.device).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise ArgumentTypeError(f"step_t must be a tensor or a sequence of numbers, found {step_t!r:.60}") from None
     if times.dim() == 1 or (times.dim() == 2 and not layout.joint and times.shape[0] == layout.batch):
-        if not bool(torch.isfinite(times).all()):
-            raise ArgumentError("step_t must be finite")
+        finite = torch.isfinite(times)
+        if not bool(finite.all()):
+            raise ArgumentError(f"step_t must be finite, found {times[~finite][0].item()}")
         return tuple(times.tolist()) if times.dim() == 1 else tuple(times.unbind(1))
     raise ArgumentError(f"step_t must have shape (S,), or (B, S) in a batched mode, found {tuple(times.shape)}")
 
 
 def _check_jumps(jumps: Any, layout: Layout) -> tuple[Jump, ...]:
-    if isinstance(jumps, Jump):
-        raise ArgumentTypeError("jumps must be a sequence of Jump: write jumps=[Jump(...)]")
+    if not isinstance(jumps, (list, tuple)):
+        found = type(jumps).__name__
+        raise ArgumentTypeError(f"jumps must be a sequence of Jump, found {found}: write jumps=[Jump(...)]")
     for number, jump in enumerate(jumps):
         if not isinstance(jump, Jump):
             raise ArgumentTypeError(f"jumps[{number}] must be a Jump, found {type(jump).__name__}")
         if jump.map is not None and not callable(jump.map):
-            raise ArgumentTypeError(f"the map of jumps[{number}] must be callable or None")
+            found = type(jump.map).__name__
+            raise ArgumentTypeError(f"the map of jumps[{number}] must be callable or None, found {found}")
         shape = tuple(jump.t.shape) if isinstance(jump.t, Tensor) else ()
         if shape not in ((), (layout.batch,)) or (layout.joint and shape):
             raise ArgumentError(f"t of jumps[{number}] must be a number, or (B,) in a batched mode, found shape {shape}")
         if not isinstance(jump.t, (int, float, Tensor)):
             raise ArgumentTypeError(f"t of jumps[{number}] must be a number or tensor, found {type(jump.t).__name__}")
+        times = torch.as_tensor(jump.t).detach()
+        bad = torch.isinf(times) | (torch.isnan(times) & layout.joint)
+        if not transforms_active() and bool(bad.any()):
+            found = times[bad][0].item()
+            raise ArgumentError(f"t of jumps[{number}] must be finite (NaN, per sample: no jump), found {found}")
     return tuple(jumps)
 
 
-def _check_limits(dt_min: Any, dt_max: Any, max_steps: Any, observer: Any, time_dtype: Any) -> None:
-    if not isinstance(dt_min, (int, float)) or not dt_min >= 0:
-        raise ArgumentError(f"dt_min must be a number >= 0, found {dt_min!r}")
-    if not isinstance(dt_max, (int, float)) or not dt_max > 0:
+def _check_limits(dt_min: Any, dt_max: Any, force_dt_min: Any, max_steps: Any, observer: Any, time_dtype: Any) -> None:
+    for name, value in (("dt_min", dt_min), ("dt_max", dt_max)):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise ArgumentTypeError(f"{name} must be a number, found {value!r:.40}")
+    if not 0 <= dt_min < math.inf:
+        raise ArgumentError(f"dt_min must be a finite number >= 0, found {dt_min!r}")
+    if not dt_max > 0:
         raise ArgumentError(f"dt_max must be a number > 0, found {dt_max!r}")
     if dt_min > dt_max:
         raise ArgumentError(f"dt_min={dt_min} must not exceed dt_max={dt_max}")
+    if force_dt_min and dt_min == 0:
+        raise ArgumentError("force_dt_min=True needs a dt_min= > 0 to accept steps at, found 0")
     if not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1:
         raise ArgumentError(f"max_steps must be an integer >= 1, found {max_steps!r}")
     if observer is not None and not callable(observer):
@@ -394,10 +419,10 @@ def _message(plan: Plan, trajectory: Trajectory, status: Tensor, stats: Stats) -
     if not plan.layout.joint:
         t, dt = float(t[first]), float(dt[first])
         shown = ", ".join(str(i) for i in samples[:8].tolist()) + (", ..." if len(samples) > 8 else "")
-        who = f" in {len(samples)} of {status.numel()} samples ({shown}; the first:"
+        who = f" in {len(samples)} of {status.numel()} samples ({shown}; the first: "
     else:
         who = " ("
-    place = f"{who} t = {t:.9g}, dt = {dt:.3g}, nfe = {stats.nfe})"
+    place = f"{who}t = {t:.9g}, dt = {dt:.3g}, nfe = {stats.nfe})"
     return f"{_WHAT[worst]}{place}. {_remedy(plan, trajectory, worst, first, stats)}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ class Field:
         norm: the solve's error norm, for methods that stop an inner iteration by it.
     """
 
-    __slots__ = ("_constants", "args", "func", "layout", "norm", "time_dtype")
+    __slots__ = ("_arrays", "_constants", "_double", "args", "func", "layout", "norm", "time_dtype")
 
     def __init__(
         self,
@@ -39,6 +40,8 @@ class Field:
         self.args = args
         self.time_dtype = time_dtype or layout.real_dtype
         self.norm = norm
+        self._arrays: dict[int, Any] = {}
+        self._double = self.time_dtype == torch.float64
         self._constants: dict[tuple[float, ...], Tensor] = {}
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
@@ -47,7 +50,12 @@ class Field:
         Raises ``ArgumentError`` / ``ArgumentTypeError`` if f returns another structure, shape, dtype or device.
         """
         layout = self.layout
-        dy = self.func(t, layout.unflatten(y), *self.args)
+        if layout.trivial:
+            dy = self.func(t, y, *self.args)
+            if type(dy) is Tensor and dy.shape == layout.shape and dy.dtype == layout.dtype:
+                return dy
+        else:
+            dy = self.func(t, layout.unflatten(y), *self.args)
         return layout.flatten(dy, "the value returned by f")
 
     def into(self, t: Tensor, y: Tensor, out: Tensor) -> None:
@@ -67,11 +75,17 @@ class Field:
         """
         layout = self.layout
         if not isinstance(t0, Tensor) and not isinstance(dt, Tensor):
-            values = [t0 + c * dt for c in nodes]
             if layout.device.type == "cpu":
-                return torch.tensor(values, dtype=self.time_dtype).unbind(0)
-            # A list would be copied from host memory, which waits for the device; a fill does not.
-            return tuple(torch.full((), v, dtype=self.time_dtype, device=layout.device) for v in values)
+                known = self._arrays.get(id(nodes))
+                if known is None:
+                    # The tuple is kept with its array, so that its id stays its own.
+                    known = self._arrays[id(nodes)] = (np.array(nodes), nodes)
+                values = known[0] * dt
+                values += t0
+                # Through numpy: three quarters of the time of torch.tensor(list) for a handful of numbers.
+                return torch.from_numpy(values if self._double else values.astype(np.float32)).unbind(0)
+            # Values from the host would make the device wait; a fill does not.
+            return tuple(torch.full((), t0 + c * dt, dtype=self.time_dtype, device=layout.device) for c in nodes)
         c = self._nodes(nodes)
         if not layout.joint:
             c = c.unsqueeze(1)

@@ -51,7 +51,7 @@ class DenseOutput:
         wanted = times.reshape(1) if alone else times
         if not self.layout.joint:
             wanted = (wanted.expand(self.layout.batch, -1) if wanted.dim() == 1 else wanted).T
-        if wanted.dim() != (1 if self.layout.joint else 2):
+        if wanted.dim() != (1 if self.layout.joint else 2) or wanted.shape[1:] != self.start.shape:
             expected = "(k,)" if self.layout.joint else "(k,) or (B, k)"
             raise ArgumentError(f"t of dense output must have shape {expected}, found {tuple(times.shape)}")
         self._check(wanted.detach())

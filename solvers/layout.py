@@ -17,6 +17,9 @@ from torch.utils import _pytree as pytree
 from .status import ArgumentError, ArgumentTypeError
 
 REAL_OF = {torch.complex64: torch.float32, torch.complex128: torch.float64, torch.complex32: torch.float16}
+VECTOR = 32
+"""A multiple of the numbers that a CPU's vector unit takes in one turn of a loop."""
+
 WORKING = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
 """Half precision loses every small increment, so such states are integrated in single precision."""
 
@@ -53,8 +56,19 @@ class ScalarOps:
         return min(max(x, low), high)
 
     @staticmethod
+    def rescale(ratio, exponent, safety, low, high):
+        """safety ratio^exponent (a negative exponent) within [low, high]; ``low`` where the ratio is not finite."""
+        if not math.isfinite(ratio):
+            return low
+        return min(max(safety * max(ratio, 1e-300) ** exponent, low), high)
+
+    @staticmethod
     def copysign(x, sign):
         return math.copysign(x, sign)
+
+    @staticmethod
+    def power(x, exponent):
+        return x**exponent
 
 
 class RowOps:
@@ -67,6 +81,19 @@ class RowOps:
     copysign = staticmethod(torch.copysign)
 
     where = staticmethod(torch.where)
+
+    @staticmethod
+    def power(x, exponent):
+        """A new tensor x ** exponent, with the same bits for a sample wherever it stands in the batch: vector units and the
+        scalar code for the rest of a row round powers differently, so on the CPU rows are filled up to whole vectors."""
+        if x.device.type != "cpu" or len(x) % VECTOR == 0:
+            return x.pow(exponent)
+        return torch.nn.functional.pad(x, (0, -len(x) % VECTOR), value=1.0).pow_(exponent)[: len(x)]
+
+    @staticmethod
+    def rescale(ratio, exponent, safety, low, high):
+        # infinity becomes 0 and 0 infinity, both of which the clamp takes; only NaN passes it.
+        return RowOps.power(ratio, exponent).mul_(safety).clamp_(low, high).nan_to_num_(low)
 
     @staticmethod
     def minimum(a, b):
@@ -127,7 +154,8 @@ class Layout:
         Raises ``ArgumentTypeError`` / ``ArgumentError`` naming ``what``.
         """
         if self.trivial and isinstance(tree, Tensor) and tree.shape == self.shape and tree.dtype == self.dtype:
-            return tree
+            if tree.device == self.device:
+                return tree
         if self.is_tensor:
             leaves = [tree]
             if not isinstance(tree, Tensor):
@@ -319,8 +347,9 @@ def _count_rows(leaves: list[Tensor], batch_dim: int | None, batch_index: Any) -
 def _check_index(index: Any, rows: int | None, device: torch.device) -> tuple[Tensor | None, int | None]:
     if index is None:
         return None, rows
-    if not isinstance(index, Tensor) or index.dtype.is_floating_point or index.dtype.is_complex:
-        raise ArgumentTypeError("batch_index must be an integer tensor of shape (R,)")
+    found = index.dtype if isinstance(index, Tensor) else type(index).__name__
+    if not isinstance(found, torch.dtype) or found.is_floating_point or found.is_complex or found == torch.bool:
+        raise ArgumentTypeError(f"batch_index must be an integer tensor of shape (R,), found {found}")
     if index.shape != (rows,):
         raise ArgumentError(f"batch_index must have shape ({rows},), one entry for every row, found {tuple(index.shape)}")
     if index.device != device:

@@ -41,7 +41,8 @@ class Step(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One accepted step, as much of it as a replay needs. ``y`` and ``state`` are those before the step."""
+    """One accepted step, as much of it as a replay needs. ``y`` and ``state`` are those before the step; ``dense`` is
+    None unless the tape has a true attribute ``dense``, and good until the next step only."""
 
     t: Any
     t1: Any
@@ -54,6 +55,7 @@ class Record(NamedTuple):
     active: Any
     y: Tensor | None
     state: Any
+    dense: Any = None
 
 
 class Piece(NamedTuple):
@@ -164,11 +166,13 @@ class _Run:
         self.plan, self.layout, self.ops = plan, plan.layout, plan.layout.ops
         self.clock: Any = plan.clock
         self.tape = tape
+        self.taped_dense = getattr(tape, "dense", False)
         self.y = y0
         self.t: Any = self.clock.start
         self.lo: Any = self.clock.first()
         self.running = True
         self.active: Any = True
+        self.moving: Any = True
         self.attempts = 0
         self.nfe = 0
         self.pieces: list[Piece] = []
@@ -203,7 +207,7 @@ class _Run:
             self.give_up(Status.MAX_STEPS)
             return
         self.attempts += 1
-        t1, h, hit = clock.propose(self.t, self.dt, self.active)
+        t1, h, hit = clock.propose(self.t, self.dt, self.moving)
         if clock.differentiable:
             step, end = clock.graph(self.lo, t1, h, hit)
             out = plan.method.step(plan.field, self.lo, step, self.y, self.state, self.active)
@@ -230,7 +234,7 @@ class _Run:
         """Error in units of the tolerance; infinite where the step failed, 0 for a good fixed step."""
         plan, ops = self.plan, self.ops
         if plan.controller.adaptive:
-            ratio = plan.method.ratio(plan.norm, plan.norm.scale(self.y, out.y1), out)
+            ratio = plan.method.ratio(plan.norm, self.y, out)
         elif self.readable:
             ratio = ops.where(self.layout.finite(out.y1), 0.0, math.inf)
         else:
@@ -245,7 +249,7 @@ class _Run:
     def interpolator(self, out: Any, needed: bool) -> tuple[Any, Callable[[Tensor], Tensor]]:
         """The step's dense data, completed if ``needed``, and its interpolant."""
         method, dense = self.plan.method, out.dense
-        if needed or self.plan.dense:
+        if needed or self.plan.dense or self.taped_dense:
             dense, work = method.prepare(self.plan.field, dense)
             self.nfe += work
         return dense, lambda theta: method.interpolate(dense, theta)
@@ -317,7 +321,8 @@ class _JointRun(_Run):
             self.pieces.append(Piece(self.t, t1, plan.method.snapshot(dense), True))
         if self.tape is not None:
             stored = None if plan.method.one_step else state
-            self.tape(Record(self.t, t1, h, hit, stop, pending, jumps, True, True, before, stored))
+            kept = dense if self.taped_dense else None
+            self.tape(Record(self.t, t1, h, hit, stop, pending, jumps, True, True, before, stored, kept))
         t0, self.t, self.lo, self.y = self.t, t1, end if clock.differentiable else t1, out.y1
         self.state = out.state if decision.order is None else out.state._replace(order=decision.order)
         if jumps:
@@ -372,27 +377,36 @@ class _RowRun(_Run):
         self.status = torch.where(alone, int(Status.SUCCESS), int(Status.RUNNING)).to(torch.int8)
         zero = torch.zeros(layout.batch, dtype=torch.int64, device=layout.device)
         self.accepted, self.inner, self.forced = zero, zero.clone(), zero.clone()
-        self.nfe_rows, self.tries = zero.clone(), zero.clone()
+        self.ended = zero.clone()
+        self.history: list[int] = []
         self.active = ~alone
+        self.moving = self.active.to(self.t.dtype)
+        self._codes = {code: torch.tensor(int(code), dtype=torch.int8, device=layout.device) for code in Status}
         self.dt = self.dt_last = torch.zeros_like(clock.start)
-        self.running = bool(self.active.any())
+        self._recount()
         if self.running:
             self.begin()
-            self.dt_last = self.dt
+            self.dt_last, self.first_nfe = self.dt, self.nfe
             undefined = self.active & ~self.defined
             if bool(undefined.any()):
                 self._end(undefined, Status.NON_FINITE)
-                self.running = bool(self.active.any())
+                self._recount()
+
+    def _recount(self) -> None:
+        """Samples that still move; only where the loop waits for the device anyway."""
+        self.left = int(self.active.sum())
+        self.running = self.left > 0
 
     def _end(self, mask: Tensor, status: Any) -> None:
         """Samples in ``mask`` freeze with ``status`` (a code or ``(B,)`` codes)."""
-        code = status if isinstance(status, Tensor) else torch.full_like(self.status, int(status))
+        code = status if isinstance(status, Tensor) else self._codes[status]
         self.status = torch.where(mask, code, self.status)
-        self.nfe_rows = torch.where(mask, self.nfe, self.nfe_rows)
-        self.tries = torch.where(mask, self.attempts, self.tries)
+        self.ended = torch.where(mask, self.attempts, self.ended)
         self.active = self.active & ~mask
+        self.moving = self.active.to(self.t.dtype)
 
     def give_up(self, status: Status) -> None:
+        self.dt_last = torch.where(self.active, self.dt, self.dt_last)
         self._end(self.active, status)
         self.running = False
 
@@ -410,13 +424,13 @@ class _RowRun(_Run):
             count, inside = self.saver.pending(accept, t1) if self.saver.interior else (None, None)
             jumping = clock.jumping(accept, t1)
             flags = self._read(done, bad, reject, error, accept & hit, jumping, count, inside)
-            dt = self._next_dt(h * decision.factor, accept & hit if flags.hit else None)
+            dt = self._next_dt(h * decision.factor, accept & hit if flags.hit and not clock.single else None)
         if flags.redo:
             out, step = self._redo(error, step)
         if out.inner is not None and plan.method.implicit:
             self.inner = self.inner + out.inner * self.active
         self.controls = decision.state
-        self.accepted = self.accepted + accept
+        self.accepted.add_(accept)
         self._keep(out, decision, accept, t1, h, hit, step, end, flags, count, jumping)
         if flags.bad:
             self._end(bad, _causes(out.status, error, self.status))
@@ -424,27 +438,30 @@ class _RowRun(_Run):
             self._end(done, Status.SUCCESS)
         if flags.bad or flags.done:
             self.running = flags.running
+        self.history.append(self.nfe)
         if plan.controller.adaptive:
-            self.dt_last = torch.where(self.active | done, dt, self.dt_last) if flags.done or flags.bad else dt
+            if flags.done or flags.bad:
+                # The last clip says nothing about the error: the step wanted before it is what to go on with.
+                wanted = torch.where(done & (dt.abs() < self.dt.abs()), self.dt, dt)
+                self.dt_last = torch.where(done | bad, wanted, self.dt_last)
             self.dt = dt
         if plan.observer is not None:
             self._observe(Step(t1, h, self.layout.unflatten(self.y), error if plan.controller.adaptive else None, accept))
 
     def _read(self, done, bad, reject, error, hit, jumping, count, inside) -> _Flags:
-        """The one read of this step."""
-        masks = [self.active & ~(done | bad), done, bad, hit]
+        """The one read of this step: how many samples ended, failed, hit a stop, met a NaN, jump."""
+        masks = [done, bad, hit]
         if self.grad:
             masks.append(reject & ~torch.isfinite(error))
         masks += jumping.values()
-        values = torch.stack(masks).any(1)
+        values = torch.stack(masks).sum(1)
         if count is not None:
             values = torch.cat([values, torch.stack([count, inside]).amax(1)])
         read = values.tolist()
-        most, inner = (int(read[-2]), int(read[-1])) if count is not None else (0, 0)
-        redo = bool(self.grad and read[4])
-        first = 5 if self.grad else 4
-        jumps = tuple(j for j, flag in zip(jumping, read[first:], strict=False) if flag)
-        return _Flags(bool(read[0]), bool(read[1]), bool(read[2]), bool(read[3]), redo, jumps, most, inner)
+        self.left -= read[0] + read[1]
+        most, inner = read[-2:] if count is not None else (0, 0)
+        jumps = tuple(j for j, flag in zip(jumping, read[4 if self.grad else 3 :], strict=False) if flag)
+        return _Flags(self.left > 0, bool(read[0]), bool(read[1]), bool(read[2]), bool(self.grad and read[3]), jumps, most, inner)
 
     def _redo(self, error: Tensor, step: Tensor) -> tuple[Any, Tensor]:
         """The step again, with samples that met a NaN standing still: 0 * NaN would poison the gradient of all."""
@@ -465,7 +482,8 @@ class _RowRun(_Run):
             stored = None if plan.method.one_step else state
             outputs = (self.saver.done, count, flags.most, flags.inner)
             jumps = {j: jumping[j] for j in flags.jumps}
-            self.tape(Record(self.t, t1, h, hit, following, outputs, jumps, accept, self.active, before, stored))
+            kept = dense if self.taped_dense else None
+            self.tape(Record(self.t, t1, h, hit, following, outputs, jumps, accept, self.active, before, stored, kept))
         order = decision.order
         new, old = out.state, self.state
         if order is not None:
@@ -509,23 +527,27 @@ class _RowRun(_Run):
         if stop is None or stop is False:
             return
         mask = self.active & torch.as_tensor(stop, device=self.active.device)
+        self.dt_last = torch.where(mask, self.dt, self.dt_last)
         self._end(mask, Status.STOPPED)
-        self.running = bool(self.active.any())
+        self._recount()
 
     def finish(self) -> Trajectory:
         success = self.status == Status.SUCCESS
         broken = success & ~self.layout.finite(self.y.detach())
         self.status = torch.where(broken, int(Status.NON_FINITE), self.status).to(torch.int8)
         t, values = self.saver.finish(self.t, self.y, success)
+        first = self.nfe if not self.history else self.first_nfe
+        nfe = torch.tensor([first, *self.history], device=self.t.device)[self.ended]
         counts = {
             "nfe": self.nfe,
-            "nfe_per_sample": self.nfe_rows,
+            "nfe_per_sample": nfe,
             "accepted": self.accepted,
-            "rejected": self.tries - self.accepted,
+            "rejected": self.ended - self.accepted,
             "inner_iterations": self.inner,
             "forced": self.forced,
         }
-        return Trajectory(t, values, self.status, self.t, self.y, self.dt_last, counts, self.pieces)
+        dt = torch.where(self.active, self.dt, self.dt_last)
+        return Trajectory(t, values, self.status, self.t, self.y, dt, counts, self.pieces)
 
 
 class _Flags(NamedTuple):

@@ -177,13 +177,14 @@ class RowClock:
         self.stop_source = source.gather(1, order)
         self.stop_values = self.stop_source.detach()
         self.single = keys.shape[1] == 1
+        self._only = (self.stop_values[:, 0], self.stop_source[:, 0])
 
     def first(self) -> Tensor:
         return self.source[:, 0] if self.differentiable else self.start
 
     def _current(self, table: Tensor) -> Tensor:
         if self.single:
-            return table[:, 0]
+            return self._only[table is self.stop_source]
         return table.gather(1, self.next.clamp(max=table.shape[1] - 1).unsqueeze(1)).squeeze(1)
 
     def propose(self, t: Tensor, dt: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,7 +192,8 @@ class RowClock:
         stop = self._current(self.stop_values)
         rest = stop - t
         hit = rest / dt <= self.touch
-        h = torch.where(active, torch.where(hit, rest * INSIDE, dt), 0.0)
+        # Rows that rest have dt = 0 or lie on their stop; the product only makes sure of it.
+        h = torch.where(hit, rest * INSIDE, dt) * active
         return torch.where(hit, stop, t + h), h, hit
 
     def graph(self, lo: Tensor, t1: Tensor, h: Tensor, hit: Tensor) -> tuple[Tensor, Tensor]:

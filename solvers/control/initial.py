@@ -31,7 +31,7 @@ def initial_step(field: Any, norm: Any, t0: Any, y0: Tensor, f0: Tensor, error_o
     h1 = ops.where(
         steepest <= 1e-15,
         ops.maximum(h0 * 1e-3, 1e-6),
-        (0.01 / ops.maximum(steepest, 1e-300)) ** (1.0 / error_order),
+        ops.power(0.01 / ops.maximum(steepest, 1e-300), 1.0 / error_order),
     )
     # f may not exist where the Euler step led: then only its length is known to be too much.
     h1 = ops.where(ops.isfinite(d2), h1, h0 * 0.01)

@@ -70,6 +70,20 @@ class Method(ABC):
         """Complete ``dense`` for interpolation, with the calls of f that took; called once per step with outputs."""
         return dense, 0
 
+    def replay(
+        self, field: Any, t0: Any, dt: Any, y0: Tensor, state: Any, active: Any, interior: bool
+    ) -> StepOut:
+        """An accepted step once more, under autograd, for an adjoint: only ``y1`` and ``state`` are used and, if outputs
+        lie in its ``interior``, ``dense``, which is prepared then. ``state``: that of the step, or None for one-step methods.
+        """
+        if state is None:
+            state = self.init(field, t0, dt, y0, None)
+        out = self.step(field, t0, dt, y0, state, active)
+        if not interior:
+            return out
+        dense, work = self.prepare(field, out.dense)
+        return out._replace(dense=dense, work=out.work + work)
+
     @abstractmethod
     def interpolate(self, dense: Any, theta: Tensor, derivative: int = 0) -> Tensor:
         """The continuous extension at ``t0 + theta dt``.
@@ -82,8 +96,13 @@ class Method(ABC):
         """A prepared ``dense`` that stays valid after later steps (workspaces copied)."""
         return dense
 
-    def ratio(self, norm: Any, scale: Tensor, out: StepOut) -> Any:
-        """Error of the step in units of the tolerance; per order if ``out.error`` is a tuple."""
+    def ratio(self, norm: Any, y0: Tensor, out: StepOut) -> Any:
+        """Error of the step in units of the tolerance (float or ``(B,)``); a tuple, one per order, if ``out.error`` is.
+
+        ``norm``: the solve's :class:`~solvers.norms.ErrorNorm`. Called under ``no_grad``, for adaptive steps only, so a
+        method may put into ``out.error`` whatever lets it compute the estimate here.
+        """
+        scale = norm.scale(y0, out.y1)
         if isinstance(out.error, tuple):
             return tuple(norm(e, scale) for e in out.error)
         return norm(out.error, scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..layout import transforms_active
 from .base import METHODS, Method, StepOut
-from .stages import BufferStages, ListStages, Row
+from .stages import BufferStages, HostStages, ListStages, Row, RowStages
 from .tableau import Tableau
 from .tableaus import TABLEAUS
 
@@ -73,30 +74,32 @@ class RungeKutta(Method):
     def init(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor | None) -> RKState:
         layout, tableau = field.layout, self.tableau
         rows = tableau.stages + len(tableau.extension.c_extra)
-        buffered = not torch.is_grad_enabled() and y0.numel() <= BUFFER_LIMIT and not transforms_active()
-        work = Workspace(BufferStages(layout, rows) if buffered else ListStages(layout))
+        work = Workspace(self._stages(field, y0, rows))
         if f0 is not None and not tableau.fsal:
             work.stages.start(f0)
             work.k0_of = y0
         return RKState(f0 if tableau.fsal else None, work)
+
+    @staticmethod
+    def _stages(field: Any, y0: Tensor, rows: int) -> ListStages | BufferStages:
+        layout = field.layout
+        if torch.is_grad_enabled() or y0.numel() > BUFFER_LIMIT or transforms_active():
+            return ListStages(layout)
+        if layout.is_tensor and layout.same_dtype and field.norm.on_host:
+            return HostStages(layout, rows)
+        return BufferStages(layout, rows) if layout.joint else RowStages(layout, rows)
 
     def step(self, field: Any, t0: Any, dt: Any, y0: Tensor, state: RKState, active: Any) -> StepOut:
         tableau, work = self.tableau, state.work
         stages = work.stages
         calls = self._first_stage(field, t0, y0, state)
         if tableau.stages > 1:
-            y, k = stages.sweep(field, field.times(t0, dt, tableau.c[1:]), y0, dt, tableau.a[1:])
+            y, k = stages.sweep(field, field.times(t0, dt, tableau.later_c), y0, dt, tableau.later_a)
             calls += tableau.stages - 1
         # With FSAL the last stage's argument is the solution itself.
         y1 = y if tableau.fsal else stages.point(y0, dt, tableau.b)
-        error = tuple(stages.error(dt, row) for row in tableau.b_error)
-        return StepOut(
-            y1,
-            error[0] if len(error) == 1 else (error or None),
-            RKDense(t0, dt, y0, y1, stages, work),
-            RKState(k if tableau.fsal else None, work),
-            calls,
-        )
+        dense = RKDense(t0, dt, y0, y1, stages, work)
+        return StepOut(y1, dense, dense, RKState(k if tableau.fsal else None, work), calls)
 
     def _first_stage(self, field: Any, t0: Any, y0: Tensor, state: RKState) -> int:
         work, stages = state.work, state.work.stages
@@ -121,6 +124,26 @@ class RungeKutta(Method):
         work.k0_of = y0
         return 1
 
+    def replay(
+        self, field: Any, t0: Any, dt: Any, y0: Tensor, state: Any, active: Any, interior: bool
+    ) -> StepOut:
+        """The step without an error estimate; with FSAL the last stage is left out unless an output needs it."""
+        tableau, stages = self.tableau, ListStages(field.layout)
+        stages.start(field(field.time(t0), y0))
+        rows = tableau.later_a
+        if tableau.fsal:
+            rows, own = (rows, None) if interior else (rows[:-1], rows[-1])
+        else:
+            own = tableau.b
+        y1 = y0
+        if rows:
+            y1, _ = stages.sweep(field, field.times(t0, dt, tableau.later_c)[: len(rows)], y0, dt, rows)
+        if own is not None:
+            y1 = stages.point(y0, dt, own)
+        dense = RKDense(t0, dt, y0, y1, stages, None)
+        extra = self.prepare(field, dense)[1] if interior else 0
+        return StepOut(y1, None, dense, None, 1 + len(rows) + extra)
+
     def prepare(self, field: Any, dense: RKDense) -> tuple[RKDense, int]:
         tableau, stages = self.tableau, dense.stages
         extension = tableau.extension
@@ -141,39 +164,58 @@ class RungeKutta(Method):
     def interpolate(self, dense: RKDense, theta: Tensor, derivative: int = 0) -> Tensor:
         k = dense.stages.matrix()
         layout = dense.stages.layout
-        weights = self._weights(theta, derivative, k)
-        if isinstance(dense.dt, Tensor):
-            weights = weights * (dense.dt ** (1 - derivative)).unsqueeze(-1)
-        elif derivative != 1:
-            weights = weights * dense.dt ** (1 - derivative)
+        weights = self._weights(theta, derivative, len(k))
+        power = (0 if dense.stages.scaled else 1) - derivative
+        if power and isinstance(dense.dt, Tensor):
+            weights = weights * (dense.dt**power).unsqueeze(-1)
+        elif power:
+            weights = weights * dense.dt**power
         weights = weights.to(layout.real_dtype)
         if layout.joint:
             result = weights.to(layout.dtype) @ k.reshape(k.shape[0], -1)
         else:
-            wide = layout.per_row(weights.movedim(-1, 0)).movedim(0, 1).unsqueeze(-1)
-            result = (wide * k).sum(1)
+            # One stage after the other: the order in which a sum over a dimension is taken depends on the batch.
+            wide = layout.per_row(weights.movedim(-1, 0)).unsqueeze(-1)
+            result = wide[0] * k[0]
+            for weight, stage in zip(wide[1:], k[1:], strict=True):
+                result = torch.addcmul(result, weight, stage)
         return result + dense.y0 if derivative == 0 else result
 
-    def _weights(self, theta: Tensor, derivative: int, k: Tensor) -> Tensor:
-        """d^n/dtheta^n b_i(theta), ``(n, [B,] s)``."""
-        P = _matrix(self.tableau, theta.device)
-        powers = torch.arange(1, P.shape[1] + 1, device=theta.device, dtype=theta.dtype)
+    def _weights(self, theta: Tensor, derivative: int, stages: int) -> Tensor:
+        """d^n/dtheta^n b_i(theta), ``(n, [B,] s)``, float64."""
+        powers, P = _extension(self.tableau, theta.device)
+        if derivative == 0:
+            # Horner's rule, not a matrix product, whose rounding depends on its size and so on the batch.
+            rows, theta = P[:, :stages].unbind(0), theta.unsqueeze(-1)
+            weights = rows[-1] * theta
+            for row in rows[-2::-1]:
+                weights = (weights + row) * theta
+            return weights
         factor = torch.ones_like(powers)
         for n in range(derivative):
             factor = factor * (powers - n)
-        basis = factor * theta.unsqueeze(-1) ** (powers - derivative).clamp(min=0)
-        return basis @ P[: k.shape[0]].T
+        return factor * theta.unsqueeze(-1) ** (powers - derivative).clamp(min=0) @ P[:, :stages]
 
-    def ratio(self, norm: Any, scale: Tensor, out: StepOut) -> Any:
-        if not isinstance(out.error, tuple):
-            return norm(out.error, scale)
-        # Two estimates of orders 5 and 3 combined (Hairer, Nørsett & Wanner I, II.10, after (10.17)).
-        fifth, third = norm(out.error[0], scale), norm(out.error[1], scale)
-        return fifth**2 / ((fifth**2 + 0.01 * third**2) ** 0.5 + 1e-300)
+    def ratio(self, norm: Any, y0: Tensor, out: StepOut) -> Any:
+        dt, stages, rows = out.error.dt, out.error.stages, self.tableau.b_error
+        if isinstance(stages, HostStages):
+            ratios = [stages.ratio(norm, dt, row, y0, out.y1) for row in rows]
+        else:
+            scale = norm.scale(y0, out.y1)
+            ratios = [norm(stages.error(dt, row), scale) for row in rows]
+        return ratios[0] if len(ratios) == 1 else _paired(*ratios)
 
 
-def _matrix(tableau: Tableau, device: torch.device) -> Tensor:
-    return torch.tensor(tableau.extension.P, dtype=torch.float64, device=device)
+def _paired(fifth: Any, third: Any) -> Any:
+    """Two estimates of orders 5 and 3 combined (Hairer, Nørsett & Wanner I, II.10)."""
+    return fifth * fifth / ((fifth * fifth + 0.01 * third * third) ** 0.5 + 1e-30)
+
+
+@functools.lru_cache(maxsize=256)
+def _extension(tableau: Tableau, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Exponents ``(d,)`` and coefficients ``(d, s)`` of the continuous extension's weights."""
+    P = torch.tensor(tableau.extension.P, dtype=torch.float64, device=device).T.contiguous()
+    return torch.arange(1, len(P) + 1, dtype=torch.float64, device=device), P
 
 
 for _tableau in TABLEAUS.values():

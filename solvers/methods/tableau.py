@@ -172,6 +172,16 @@ class Tableau:
         return None if self.embedded_order is None else min(self.order, self.embedded_order) + 1
 
     @cached_property
+    def later_a(self) -> tuple[tuple[float, ...], ...]:
+        """Rows of all stages but the first, as one object."""
+        return tuple(self.a[1:])
+
+    @cached_property
+    def later_c(self) -> tuple[float, ...]:
+        """Nodes of all stages but the first, as one object."""
+        return tuple(self.c[1:])
+
+    @cached_property
     def fsal(self) -> bool:
         """First same as last: the last stage is f(t1, y1), and so the first of the next step."""
         return self.stages > 1 and self.c[-1] == 1 and self.a[-1] == self.b[:-1] and self.b[-1] == 0

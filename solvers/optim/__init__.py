@@ -1,7 +1,19 @@
 """Inner solvers of implicit steps, registered by name in :data:`INNER_OPTIMIZERS`."""
 
 from . import conjugate  # noqa: F401  (registration)
-from .base import INNER_OPTIMIZERS, InnerOptimizer, InnerProblem, InnerResult, InnerStep, Point, ProximalProblem, minimise
+from .base import (
+    INNER_OPTIMIZERS,
+    InnerOptimizer,
+    InnerProblem,
+    InnerResult,
+    InnerStep,
+    Point,
+    ProximalProblem,
+    all_true,
+    any_true,
+    minimise,
+)
+from .implicit import attach
 
 __all__ = [
     "INNER_OPTIMIZERS",
@@ -11,5 +23,8 @@ __all__ = [
     "InnerStep",
     "Point",
     "ProximalProblem",
+    "all_true",
+    "any_true",
+    "attach",
     "minimise",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..registry import Registry
 
-GROWTH = 1e4
+GROWTH = 1e6
 """A residual this many times the best one is divergence; exact conjugate gradients may rise by the root of the condition."""
 STALLED = 3
 """Rounds of iterations in a row without a tenth of progress in the evaluated residual after which a sample is given up."""
@@ -169,20 +169,28 @@ class InnerOptimizer(ABC):
     2. Per-sample numbers go through ``problem.ops``, reductions through ``problem.dot`` and ``problem.norm``: no sample
        sees another. Samples outside ``running`` stay where they are whatever is proposed for them, and f must see them
        there: evaluate ``problem.keep(running, z, point.z)``.
-    3. ``memory`` is what an optimiser keeps from one step in time to the next, a nest of tuples as in a method's state.
+    3. Memory is what an optimiser keeps from one step in time to the next, a nest of tuples as in a method's state. It
+       must be sound for every sample, whenever that one stopped.
     """
 
     refresh: int = 50
     """Iterations after which a residual carried by a recurrence is evaluated again."""
-    exact: ClassVar[bool] = False
 
     def remember(self, layout: Any, y0: Tensor) -> Any:
         """The memory of a solve that begins."""
         return ()
 
     @abstractmethod
-    def init(self, problem: InnerProblem, point: Point, running: Any, memory: Any) -> tuple[Any, Any]:
-        """State at the start ``point``, and the memory to hand on."""
+    def init(self, problem: InnerProblem, point: Point, running: Any, memory: Any) -> Any:
+        """State at the start ``point``."""
+
+    def curvature(self, state: Any) -> Any:
+        """Largest curvature of the problem as far as it is known, per sample (>= 1): what rounding errors grow by."""
+        return 1.0
+
+    def memory(self, problem: InnerProblem, state: Any) -> Any:
+        """The memory to hand on after the last iteration."""
+        return ()
 
     @abstractmethod
     def step(self, problem: InnerProblem, z: Tensor, r: Tensor, state: Any, running: Any) -> InnerStep:
@@ -227,17 +235,18 @@ def minimise(
         tol: in units of the tolerance. max_iters: per sample. active: True or the ``(B,)`` mask of samples to be solved.
     """
     run = _Run(problem, start, tol, active)
-    state, memory = optimizer.init(problem, start, run.running, memory)
-    while _any(run.running):
+    state = optimizer.init(problem, start, run.running, memory)
+    run.begin(optimizer.curvature(state))
+    while any_true(run.running):
         out = optimizer.step(problem, run.z, run.r, state, run.running)
-        run.judge(out, max_iters)
-        if run.age >= optimizer.refresh or not _any(run.running):
+        run.judge(out, optimizer.curvature(out.state), max_iters)
+        if run.age >= optimizer.refresh or not any_true(run.running):
             again = run.close(max_iters)
-            if _any(run.running):
+            if any_true(run.running):
                 state = optimizer.resume(problem, run.point, out.state, again)
                 continue
         state = out.state
-    return InnerResult(run.z, run.norm, run.iterations, run.done, memory)
+    return InnerResult(run.z, run.norm, run.iterations, run.done, optimizer.memory(problem, state))
 
 
 class _Run:
@@ -251,9 +260,9 @@ class _Run:
         self.point, self.z, self.r = start, start.z, start.r
         self.norm = problem.norm(start.r)
         self.rounding = ROUNDING * torch.finfo(start.z.dtype).eps * problem.norm(start.z)
-        idle = problem.ops.invert(active) if isinstance(active, Tensor) else not active
-        self.done = (self.norm <= self.rounding) | idle
-        self.running = problem.ops.invert(self.done) & problem.ops.isfinite(self.norm)
+        finite = problem.ops.isfinite(self.norm)
+        self.running = active & finite
+        self.done = problem.ops.invert(active | (finite & False))
         self.waiting = self.done & False
         self.best = self.base = self.norm
         self.iterations: Any = 0 if problem.layout.joint else torch.zeros_like(self.done, dtype=torch.int64)
@@ -265,14 +274,21 @@ class _Run:
         """The tolerance, or what rounding allows: 4 eps L |z| (a residual multiplies errors of z by up to L)."""
         return self.problem.ops.maximum(self.rounding * self.curvature, self.tol)
 
-    def judge(self, out: InnerStep, max_iters: int) -> None:
+    def begin(self, curvature: Any) -> None:
+        """Leave alone what rests within rounding."""
+        self.curvature = curvature
+        resting = self.running & (self.norm <= self.rounding * curvature)
+        self.done = self.done | resting
+        self.running = self.running & self.problem.ops.invert(resting)
+
+    def judge(self, out: InnerStep, curvature: Any, max_iters: int) -> None:
         """Take the iterates that are any good; see who claims to be done."""
         problem, ops = self.problem, self.problem.ops
         norm = problem.norm(out.r)
         moved = self.running & ops.isfinite(norm) & (norm <= GROWTH * self.best)
         self.z, self.r = problem.keep(moved, out.z, self.z), problem.keep(moved, out.r, self.r)
         self.norm = ops.where(moved, norm, self.norm)
-        self.curvature = ops.where(self.running, out.curvature, self.curvature)
+        self.curvature = ops.where(self.running, curvature, self.curvature)
         self.iterations = self.iterations + self.running
         broken = self.running & ops.invert(moved)
         claim = moved & (norm <= self.limit())
@@ -292,9 +308,9 @@ class _Run:
         problem, ops = self.problem, self.problem.ops
         alive, again = self.running | self.waiting, self.waiting
         self.age, self.waiting = 0, self.waiting & False
-        if not _any(alive):
+        if not any_true(alive):
             return again
-        if self.point is None or _any(again):
+        if self.point is None or any_true(again):
             self.point = problem.evaluate(self.z)
         self.r = self.point.r
         norm = problem.norm(self.r)
@@ -308,8 +324,14 @@ class _Run:
         return again
 
 
-def _any(mask: Any) -> bool:
+def any_true(mask: Any) -> bool:
+    """Whether any sample is in the mask."""
     return bool(mask.any()) if isinstance(mask, Tensor) else mask
+
+
+def all_true(mask: Any) -> bool:
+    """Whether all samples are in the mask."""
+    return bool(mask.all()) if isinstance(mask, Tensor) else mask
 
 
 INNER_OPTIMIZERS: Registry[InnerOptimizer] = Registry("inner solver")

@@ -9,15 +9,21 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..status import ArgumentError
-from .base import INNER_OPTIMIZERS, InnerOptimizer, InnerProblem, InnerStep, Point
-from .curvature import PowerMemory, spectral_radius
+from .base import INNER_OPTIMIZERS, InnerOptimizer, InnerProblem, InnerStep, Point, any_true
+from .curvature import PowerMemory, SeenRadius, spectral_radius
 
 RATES = ("cg", "line_search", "constant")
+POWELL = 0.2
+"""Successive residuals this far from orthogonal belong to no symmetric M (Powell 1977, Math. Program. 12, 241-254)."""
 
 
 class CGState(NamedTuple):
-    """Direction p and its slope <p, r>, with r and |r|**2; the point of linearisation; the constant rate; the largest
-    curvature seen and beta / alpha, the part of the next Lanczos entry that is known already."""
+    """Where the conjugate directions stand.
+
+    p, slope: the next direction and <p, r>. r, rr: the residual and its square. point: of linearisation. eta: the constant
+    rate. radius: |lambda|_max of M known before this step in time, ``seen``: in it. pair: the last (p, M p), or None.
+    skew: samples whose M has turned out not to be symmetric. memory: as it was at the start.
+    """
 
     p: Tensor
     slope: Any
@@ -25,17 +31,20 @@ class CGState(NamedTuple):
     rr: Any
     point: Point
     eta: Any
-    curvature: Any
-    tail: Any
+    known: Any
+    seen: Any
+    pair: tuple[Tensor, Tensor] | None
+    skew: Any
+    memory: Any
 
 
 def fletcher_reeves(problem: InnerProblem, r: Tensor, rr: Any, state: CGState) -> Any:
-    """|r'|**2 / |r|**2 (Fletcher and Reeves 1964, Comput. J. 7, 149)."""
+    """|r'|**2 / |r|**2 (Fletcher and Reeves 1964, Comput. J. 7, 149-154)."""
     return problem.ratio(rr, state.rr)
 
 
 BETA: dict[str, Callable[[InnerProblem, Tensor, Any, CGState], Any]] = {"fletcher_reeves": fletcher_reeves}
-"""Formulas for beta in p' = -r' + beta p, from r', |r'|**2 and the state before: a method each."""
+"""beta in p' = -r' + beta p from r', |r'|**2 and the state before; NaN restarts. Each entry is an optimiser."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +54,17 @@ class ConjugateGradient(InnerOptimizer):
     ``rate``: how alpha is found.
 
     - ``"cg"``: alpha = -<p, r> / <p, M p>, M = I - g J at the last evaluated point, and r' = r + alpha M p without a second
-      evaluation: one call of f an iteration. On a linear field with symmetric J this is the method of conjugate gradients.
+      evaluation: one call of f an iteration. On a linear field with symmetric J, the method of conjugate gradients.
     - ``"line_search"``: the same alpha with M at the current iterate, r' evaluated: two calls of f.
     - ``"constant"``: 1 / L, L = 1 + |g| rho, with rho estimated by power iterations and kept for some steps in time, or
-      given as ``lipschitz`` (of f, 1/time): one call of f. A number in place of the word is the rate itself, in units of
-      the scaled residual (Xia 2023, section 5.1, has such a constant).
+      given as ``lipschitz`` (of f, in 1/time): one call of f. A number in place of the word is the rate itself, in units of
+      the scaled residual (Xia 2023, section 5.3, has such a number).
 
-    ``restart``: go along -r where p is no direction of descent. ``refresh``: iterations after which "cg" evaluates the
-    residual again.
+    ``restart``: go along -r where p is no direction of descent; and, as FR directions do not converge where J is not
+    symmetric, go on there with directions whose images M p are orthogonal to the one before (Vinsome 1976), which only
+    needs M to be positive definite. ``refresh``: iterations after which "cg" evaluates the residual again.
+
+    A sample with <p, M p> <= 0 right after an evaluated residual is given up: nothing is minimised there.
     """
 
     formula: str
@@ -73,47 +85,89 @@ class ConjugateGradient(InnerOptimizer):
         if self.refresh < 1:
             raise ArgumentError(f"refresh must be at least 1, found {self.refresh}")
 
-    def remember(self, layout: Any, y0: Tensor) -> Any:
-        return PowerMemory.fresh(layout, y0) if self.rate == "constant" and self.lipschitz is None else ()
+    @property
+    def searches(self) -> bool:
+        """Whether alpha comes from a product with M."""
+        return self.rate in ("cg", "line_search")
 
-    def init(self, problem: Any, point: Point, running: Any, memory: Any) -> tuple[CGState, Any]:
-        eta, curvature = 1.0, 1.0
-        if self.rate == "constant":
-            rho = self.lipschitz
-            if rho is None:
-                rho, memory = spectral_radius(problem, point, running, memory)
-            curvature = 1 + abs(problem.g) * rho
-            eta = 1 / curvature
-        elif not isinstance(self.rate, str):
-            eta = self.rate
+    @property
+    def estimates(self) -> bool:
+        """Whether the constant rate has to be found."""
+        return self.rate == "constant" and self.lipschitz is None
+
+    def remember(self, layout: Any, y0: Tensor) -> Any:
+        return (PowerMemory if self.estimates else SeenRadius).fresh(layout, y0)
+
+    def init(self, problem: Any, point: Point, running: Any, memory: Any) -> CGState:
+        rho = memory.rho if self.lipschitz is None else self.lipschitz
+        if self.estimates:
+            rho, memory = spectral_radius(problem, point, running, memory)
+        known = 1 + abs(problem.g) * rho
+        eta = 1 / known if self.rate == "constant" else self.rate
         rr = problem.dot(point.r, point.r)
-        return CGState(-point.r, -rr, point.r, rr, point, eta, curvature, 0.0), memory
+        none = problem.ops.where(running, False, False)
+        seen = problem.ops.where(running, 1.0, 1.0)
+        return CGState(-point.r, -rr, point.r, rr, point, eta, known, seen, None, none, memory)
+
+    def curvature(self, state: CGState) -> Any:
+        return state.known
+
+    def memory(self, problem: Any, state: CGState) -> Any:
+        if self.estimates:
+            return state.memory
+        rho = problem.ratio(state.seen - 1, abs(problem.g))
+        return SeenRadius(problem.ops.where(state.seen > 1, rho, state.memory.rho))
 
     def step(self, problem: InnerProblem, z: Tensor, r: Tensor, state: CGState, running: Any) -> InnerStep:
-        point, alpha, curvature = state.point, state.eta, state.curvature
-        p = problem.keep(running, state.p, 0.0)
-        searching = self.rate in ("cg", "line_search")
-        if searching:
-            mp = problem.jv(point, p)
-            alpha = problem.ratio(-state.slope, problem.dot(p, mp))
-            # A diagonal entry of the Lanczos matrix, which no eigenvalue's maximum is below.
-            inverse = problem.ratio(1.0, alpha)
-            lanczos = inverse + state.tail
-            curvature = problem.ops.where(lanczos > curvature, lanczos, curvature)
+        p, alpha, pair, seen = problem.keep(running, state.p, 0.0), state.eta, None, state.seen
+        if self.searches:
+            alpha, pair, seen = self._search(problem, p, r, state, running)
+            p = pair[0]
         wide = problem.layout.spread(alpha)
-        moved = z + wide * p
+        z = z + wide * p
         if self.rate == "cg":
-            r, evaluated = r + wide * mp, None
+            point, evaluated, r = state.point, None, r + wide * pair[1]
         else:
-            point = evaluated = problem.evaluate(problem.keep(running, moved, z))
+            point = evaluated = problem.evaluate(problem.keep(running, z, state.point.z))
             r = point.r
-        rr = problem.dot(r, r)
-        beta = BETA[self.formula](problem, r, rr, state)
-        p, slope = self._direction(problem, -r + problem.layout.spread(beta) * p, r, rr)
-        tail = beta * inverse if searching else 0.0
-        return InnerStep(moved, r, CGState(p, slope, r, rr, point, state.eta, curvature, tail), evaluated, curvature)
+        state = self._turn(problem, p, r, state, running)
+        known = problem.ops.maximum(state.known, seen)
+        return InnerStep(z, r, state._replace(point=point, known=known, seen=seen, pair=pair), evaluated)
 
-    def _direction(self, problem: InnerProblem, p: Tensor, r: Tensor, rr: Any) -> tuple[Tensor, Any]:
+    def _search(
+        self, problem: InnerProblem, p: Tensor, r: Tensor, state: CGState, running: Any
+    ) -> tuple[Any, tuple[Tensor, Tensor], Any]:
+        """alpha, (p, M p) and the largest curvature seen."""
+        ops = problem.ops
+        mp = problem.jv(state.point, p)
+        skew = running & state.skew
+        general = any_true(skew)
+        if general and state.pair is not None:
+            last, image = state.pair
+            beta = problem.ratio(-problem.dot(mp, image), problem.dot(image, image))
+            wide = problem.layout.spread(ops.where(skew, beta, 0.0))
+            p, mp = p + wide * last, mp + wide * image
+        curved = problem.dot(p, mp)
+        rayleigh = problem.ratio(curved, problem.dot(p, p))
+        seen = ops.where(running & (rayleigh > state.seen), rayleigh, state.seen)
+        alpha = problem.ratio(-state.slope, curved)
+        if general:
+            # Least |r'| instead of least energy.
+            alpha = ops.where(skew, problem.ratio(-problem.dot(r, mp), problem.dot(mp, mp)), alpha)
+        return alpha, (p, mp), seen
+
+    def _turn(self, problem: InnerProblem, p: Tensor, r: Tensor, state: CGState, running: Any) -> CGState:
+        """The next direction."""
+        ops, rr, skew = problem.ops, problem.dot(r, r), state.skew
+        beta = BETA[self.formula](problem, r, rr, state)
+        if self.searches and self.restart:
+            skew = skew | (running & (abs(problem.dot(r, state.r)) > POWELL * rr))
+            # M p has to be made orthogonal to the last one, which is done when it is known.
+            beta = ops.where(skew, 0.0, beta)
+        p, slope = self._descend(problem, -r + problem.layout.spread(beta) * p, r, rr)
+        return state._replace(p=p, slope=slope, r=r, rr=rr, skew=skew)
+
+    def _descend(self, problem: InnerProblem, p: Tensor, r: Tensor, rr: Any) -> tuple[Tensor, Any]:
         slope = problem.dot(p, r)
         if not self.restart:
             return p, slope
@@ -121,12 +175,11 @@ class ConjugateGradient(InnerOptimizer):
         return problem.keep(descent, p, -r), problem.ops.where(descent, slope, -rr)
 
     def resume(self, problem: InnerProblem, point: Point, state: CGState, again: Any) -> CGState:
-        ops, r = problem.ops, point.r
-        rr = problem.dot(r, r)
-        p, slope = self._direction(problem, state.p, r, rr)
-        p, slope = problem.keep(again, -r, p), ops.where(again, -rr, slope)
-        tail = ops.where(again, 0.0, state.tail)
-        return state._replace(p=p, slope=slope, r=r, rr=rr, point=point, tail=tail)
+        r, rr = point.r, problem.dot(point.r, point.r)
+        p, slope = self._descend(problem, state.p, r, rr)
+        p, slope = problem.keep(again, -r, p), problem.ops.where(again, -rr, slope)
+        return state._replace(p=p, slope=slope, r=r, rr=rr, point=point, pair=None)
 
 
-INNER_OPTIMIZERS.register("fletcher_reeves", ConjugateGradient("fletcher_reeves"))
+for _name in BETA:
+    INNER_OPTIMIZERS.register(_name, ConjugateGradient(_name))

@@ -7,13 +7,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .base import Point, ProximalProblem
+from .base import Point, ProximalProblem, any_true
 
 STEPS = 25
 """Steps in time over which an estimate is kept."""
 MARGIN = 1.2
 """Power iterations approach the radius from below; stopped at 2 % of change they are within a fifth of it."""
 ITERATIONS = 30
+
+
+class SeenRadius(NamedTuple):
+    """|lambda|_max of df/dy as far as the iterations of the last step in time have seen it (1/time)."""
+
+    rho: Any
+
+    @classmethod
+    def fresh(cls, layout: Any, y0: Tensor) -> SeenRadius:
+        return cls(_zeros(layout))
 
 
 class PowerMemory(NamedTuple):
@@ -30,10 +40,8 @@ class PowerMemory(NamedTuple):
         if not layout.joint:
             count = count + layout.width * _rank(layout).unsqueeze(-1)
         v = torch.cos(0.7 * count * count).to(y0.dtype)
-        if layout.joint:
-            return cls(v, 0.0, 0)
-        zero = torch.zeros(layout.batch, dtype=layout.real_dtype, device=y0.device)
-        return cls(v, zero, torch.zeros_like(zero, dtype=torch.int64))
+        zero = _zeros(layout)
+        return cls(v, zero, 0 if layout.joint else zero.to(torch.int64))
 
 
 def spectral_radius(problem: ProximalProblem, point: Point, running: Any, memory: PowerMemory) -> tuple[Any, PowerMemory]:
@@ -46,7 +54,7 @@ def spectral_radius(problem: ProximalProblem, point: Point, running: Any, memory
     v, rho = memory.v, memory.rho
     pending = due
     for _ in range(ITERATIONS):
-        if not (bool(pending.any()) if isinstance(pending, Tensor) else pending):
+        if not any_true(pending):
             break
         length = problem.dot(v, v) ** 0.5
         gjv = v - problem.jv(point, problem.keep(pending, v, 0.0))
@@ -58,6 +66,10 @@ def spectral_radius(problem: ProximalProblem, point: Point, running: Any, memory
         rho = ops.where(usable, found, rho)
         pending = usable & ops.invert(settled)
     return MARGIN * rho, PowerMemory(v, rho, memory.age + 1)
+
+
+def _zeros(layout: Any) -> Any:
+    return 0.0 if layout.joint else torch.zeros(layout.batch, dtype=torch.float64, device=layout.device)
 
 
 def _rank(layout: Any) -> Tensor:

@@ -1,0 +1,163 @@
+"""Derivative of a solved step: the implicit function theorem, attached to autograd.
+
+Unrolling the inner iterations would keep all of them in memory and differentiate the path to the solution. The solution z
+of r(z; theta) = 0 does not depend on the path: dz = -M^-1 dr with M = dr/dz, so one transposed linear system per step in the
+backward pass gives the exact derivative, whatever found z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..status import InnerSolverError, UnsupportedError
+from .base import InnerProblem, any_true
+
+WINDOW = 10
+"""Directions that the transposed solve keeps orthogonal. One is enough where M is symmetric."""
+MAX_ITERS = 2000
+
+
+def attach(
+    residual: Callable[[Tensor], Tensor], z: Tensor, problem: InnerProblem, tol: float, known: bool = False
+) -> tuple[Tensor, int]:
+    """``z``, which solves residual(z) = 0, as a function of every tensor that ``residual`` depends on; and the calls it made.
+
+    The value is that of ``z``. It can be differentiated twice: with S = M^-1 held constant, z - S r(z) has the first
+    derivative of the solution (a Newton step squares an error, and a change of theta is an error of first order); the same
+    once more, from there, has the second (each simplified Newton step gains one order).
+
+    Args:
+        residual: one call of f, recorded by autograd. z: flat, detached. problem: for its geometry.
+        tol: of the linear solves in the backward pass, relative to the right-hand side of each sample.
+        known: that something requires a gradient; else one more call finds out.
+    """
+    calls = 0 if known else 1
+    if not known and not residual(z).requires_grad:
+        return z, calls
+    shut, opened = _Flag(), _Flag()
+    x = z.detach().requires_grad_()
+    for flag in (shut, opened):
+        at = _Gate.apply(x, flag)
+        r = residual(at)
+        x = at - _Correction.apply(r, _System(problem, tol, at, r), opened)
+    return x, calls + 2
+
+
+class _Flag:
+    """Whether second derivatives are wanted."""
+
+    up = False
+
+
+class _System:
+    """M at a solution, known through the recorded residual, and its inverse."""
+
+    def __init__(self, problem: InnerProblem, tol: float, at: Tensor, residual: Tensor) -> None:
+        self.problem, self.tol, self.at, self.residual = problem, tol, at, residual
+
+    def product(self, v: Tensor, transposed: bool) -> Tensor:
+        """M v or M^T v (its adjoint where z is complex)."""
+        if transposed:
+            return torch.autograd.grad(self.residual, self.at, v, retain_graph=True)[0]
+        # M v is the derivative of the linear function u -> M^T u, transposed.
+        with torch.enable_grad():
+            u = torch.zeros_like(self.residual, requires_grad=True)
+            (w,) = torch.autograd.grad(self.residual, self.at, u, create_graph=True)
+        return torch.autograd.grad(w, u, v)[0]
+
+    def solve(self, b: Tensor, transposed: bool) -> Tensor:
+        """x with M x = b (or M^T x = b) to ``tol`` |b| in each sample.
+
+        Generalised conjugate residuals with a window (Vinsome 1976; Eisenstat, Elman and Schultz 1983, SIAM J. Numer.
+        Anal. 20, 345-357): the residual never grows, M need not be symmetric, a symmetric M needs only short recurrences.
+
+        Raises ``InnerSolverError`` when that many iterations do not get there.
+        """
+        problem, spread = self.problem, self.problem.layout.spread
+        x, r = torch.zeros_like(b), b
+        enough = self.tol * problem.dot(b, b) ** 0.5
+        running = enough > 0
+        window: list[tuple[Tensor, Tensor]] = []
+        for _ in range(MAX_ITERS):
+            if not any_true(running):
+                return x
+            p = r
+            q = self.product(problem.keep(running, p, 0.0), transposed)
+            for old_p, old_q in window:
+                c = spread(problem.dot(old_q, q))
+                p, q = p - c * old_p, q - c * old_q
+            scale = spread(problem.ratio(1.0, problem.dot(q, q) ** 0.5))
+            p, q = problem.keep(running, p * scale, 0.0), problem.keep(running, q * scale, 0.0)
+            window = [*window[1 - WINDOW :], (p, q)]
+            c = spread(problem.dot(q, r))
+            x, r = x + c * p, r - c * q
+            running = running & (problem.dot(r, r) ** 0.5 > enough)
+        raise InnerSolverError(
+            f"the linear equations of an implicit step's derivative were not solved to {self.tol:g} in {MAX_ITERS} "
+            "iterations: take smaller steps, or a larger backward_tol"
+        )
+
+
+class _Correction(torch.autograd.Function):
+    """0 in place of M^-1 r, which is as good as 0 at a solution; its derivative is that of M^-1 r with M constant."""
+
+    @staticmethod
+    def forward(ctx: Any, r: Tensor, system: _System, wanted: _Flag) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.system, ctx.wanted = system, wanted
+        return torch.zeros_like(r)
+
+    @staticmethod
+    def backward(ctx: Any, c: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if c is None:
+            return None, None, None
+        ctx.wanted.up |= torch.is_grad_enabled()
+        return _Solve.apply(c, ctx.system, True), None, None
+
+
+class _Solve(torch.autograd.Function):
+    """M^-1 b or M^-T b with M constant: each is the other's derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, b: Tensor, system: _System, transposed: bool) -> Tensor:
+        ctx.system, ctx.transposed = system, transposed
+        return system.solve(b, transposed)
+
+    @staticmethod
+    def backward(ctx: Any, c: Tensor) -> tuple[Tensor, None, None]:
+        return _Solve.apply(c, ctx.system, not ctx.transposed), None, None
+
+
+class _Gate(torch.autograd.Function):
+    """Identity that lets a derivative through only where second ones are wanted: the first is complete without it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, flag: _Flag) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.flag = flag
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, c: Tensor | None) -> tuple[Tensor | None, None]:
+        return (_Last.apply(c) if c is not None and ctx.flag.up else None), None
+
+
+class _Last(torch.autograd.Function):
+    """Identity that refuses to be differentiated twice: third derivatives would lack terms."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, c: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise UnsupportedError(
+                "an implicit step can be differentiated twice, not three times: ask for the second derivative without "
+                "create_graph=True"
+            )
+        return c
