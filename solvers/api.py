@@ -124,9 +124,9 @@ def solve(
         controller=steering,
         norm=error_norm,
         clock=clock,
-        save=_parse_save(save),
+        save=_parse_save(save)._replace(time_dtype=time_dtype or layout.real_dtype),
         jumps=jumps,
-        dt0=_first_dt(dt0, clock, fixed, layout),
+        dt0=_first_dt(dt0, clock, fixed, layout, dt_min, dt_max),
         dt_min=float(dt_min),
         dt_max=float(dt_max),
         force_dt_min=force_dt_min,
@@ -192,7 +192,7 @@ def _positive_step(dt: Any, what: str, layout: Layout) -> Any:
     return dt
 
 
-def _first_dt(dt0: Any, clock: Any, fixed: Any, layout: Layout) -> Any:
+def _first_dt(dt0: Any, clock: Any, fixed: Any, layout: Layout, dt_min: float, dt_max: float) -> Any:
     if fixed is not None:
         value = clock.fixed_dt.detach()
         return value.item() if layout.joint else value.clone()
@@ -202,8 +202,8 @@ def _first_dt(dt0: Any, clock: Any, fixed: Any, layout: Layout) -> Any:
     signless = isinstance(dt0, (int, float, Tensor)) and not isinstance(dt0, bool)
     size = _positive_step(abs(dt0.detach() if isinstance(dt0, Tensor) else dt0) if signless else dt0, "dt0", layout)
     if layout.joint:
-        return math.copysign(size, clock.end - clock.start)
-    return torch.as_tensor(size, dtype=torch.float64, device=layout.device) * clock.sign
+        return math.copysign(min(max(size, dt_min), dt_max), clock.end - clock.start)
+    return torch.as_tensor(size, dtype=torch.float64, device=layout.device).clamp(dt_min, dt_max) * clock.sign
 
 
 def _choose_controller(controller: Any, method: Method, fixed: Any) -> Controller:
@@ -485,8 +485,9 @@ def _with_progress(observer: Any, clock: Any, layout: Layout) -> Callable[[Step]
         return observer if observer is not None else lambda step: False
 
     def show(step: Step) -> Any:
-        done = (step.t - clock.start) / (clock.end - clock.start)
-        done = float(done if layout.joint else done.min())
+        done = torch.as_tensor(step.t - clock.start) / (clock.end - clock.start)
+        # Samples whose interval is empty are there already.
+        done = float(done.nan_to_num(1.0).min())
         bar = "#" * int(30 * done)
         sys.stderr.write(f"\r[{bar:<30}] {100 * done:5.1f} % of t{chr(10) if done >= 1 else ''}")
         sys.stderr.flush()

@@ -304,9 +304,10 @@ class _JointRun(_Run):
         self.controls = decision.state
         self._keep(out, decision, t1, h, hit, step, end)
         self.dt = dt if plan.controller.adaptive else self.dt
-        if plan.observer is not None and self.running:
+        if plan.observer is not None:
             ratio = error if plan.controller.adaptive else None
-            if plan.observer(Step(t1, h, self.layout.unflatten(self.y), ratio, True)):
+            stop = plan.observer(Step(t1, h, self.layout.unflatten(self.y), ratio, True))
+            if stop and self.running:
                 self.give_up(Status.STOPPED)
 
     def _keep(self, out, decision, t1, h, hit, step, end) -> None:

@@ -17,10 +17,11 @@ KINDS = ("t", "final", "steps")
 
 
 class SaveAt(NamedTuple):
-    """``kind``: "t", "final" or "steps". ``fn``: None, or ``(t, y) -> tree`` saved in place of y."""
+    """``kind``: "t", "final" or "steps". ``fn``: None, or ``(t, y) -> tree`` saved in place of y, ``t`` in ``time_dtype``."""
 
     kind: str = "t"
     fn: Callable[[Any, Any], Any] | None = None
+    time_dtype: torch.dtype = torch.float64
 
 
 class Segment(NamedTuple):
@@ -53,19 +54,22 @@ class JointSaver:
         self.times: list[float] = []
         self.blocks: list[Any] = []
 
-    def _keep(self, times: list[float], block: Tensor) -> None:
+    def _keep(self, times: list[float], block: Tensor, first: int | None = None) -> None:
+        """``first``: number of the output that the block starts with, None where the times are not the user's."""
         self.times += times
         if self.save.fn is None:
             self.blocks.append(block)
             return
-        for t, y in zip(times, block.unbind(0), strict=True):
-            time = torch.full((), t, dtype=self.layout.real_dtype, device=self.layout.device)
-            self.blocks.append(self.save.fn(time, self.layout.unflatten(y)))
+        source, device = self.clock.source, self.layout.device
+        for i, y in enumerate(block.unbind(0)):
+            user = first is not None and source.requires_grad
+            time = source[first + i] if user else torch.full((), times[i], dtype=torch.float64, device=device)
+            self.blocks.append(self.save.fn(time.to(self.save.time_dtype), self.layout.unflatten(y)))
 
     def start(self, y: Tensor) -> None:
         self.done = 1
         if self.save.kind != "final" or self.total == 1:
-            self._keep([self.clock.start], y.unsqueeze(0))
+            self._keep([self.clock.start], y.unsqueeze(0), 0)
 
     def pending(self, t1: float) -> tuple[int, int, int] | None:
         """Outputs (first, inner, last) of a step that ends at ``t1``; None if there are none."""
@@ -82,11 +86,11 @@ class JointSaver:
             first, inner, last = pending
             at = first
             for block in joint_values(segment, self.clock, first, inner, last):
-                self._keep(self.clock.outputs[at : at + len(block)], block)
+                self._keep(self.clock.outputs[at : at + len(block)], block, at)
                 at += len(block)
             self.done = last
         elif self.save.kind == "steps" or (self.save.kind == "final" and ended):
-            self._keep([segment.t1], segment.y.unsqueeze(0))
+            self._keep([segment.t1], segment.y.unsqueeze(0), self.total - 1 if ended else None)
 
     def finish(self, t: float, y: Tensor) -> tuple[Tensor, Any]:
         """(t ``(T,)``, y ``(T, N)`` or a tree of ``(T, ...)``); outputs that were not reached are NaN."""
@@ -102,8 +106,7 @@ class JointSaver:
 
 
 def _stack(values: list[Tensor], missing: int) -> Tensor:
-    nothing = torch.full_like(values[0], torch.nan) if missing else None
-    return torch.stack(values + [nothing] * missing)  # type: ignore[list-item]
+    return torch.stack(values + [_nan(tuple(values[0].shape), values[0])] * missing)
 
 
 class RowSaver:
@@ -130,7 +133,8 @@ class RowSaver:
         if self.save.kind == "final":
             return
         everyone = torch.ones_like(alone)
-        self._put(torch.zeros_like(self.done).unsqueeze(0), everyone.unsqueeze(0), self._values(t.unsqueeze(0), y[None]))
+        first = self.clock.source[:, 0].unsqueeze(0)
+        self._put(torch.zeros_like(self.done).unsqueeze(0), everyone.unsqueeze(0), self._values(first, y[None]))
         if self.save.kind == "steps":
             self.times.append((self.taken.clone(), everyone, t))
             self.taken = self.taken + 1
@@ -164,8 +168,8 @@ class RowSaver:
         if self.save.fn is None:
             return [y]
         trees = [
-            self.save.fn(t.to(self.layout.real_dtype), self.layout.unflatten(x))
-            for t, x in zip(times.detach().unbind(0), y.unbind(0), strict=True)
+            self.save.fn(t.to(self.save.time_dtype), self.layout.unflatten(x))
+            for t, x in zip(times.unbind(0), y.unbind(0), strict=True)
         ]
         flat = [pytree.tree_flatten(tree) for tree in trees]
         self.spec = flat[0][1]
@@ -191,12 +195,12 @@ class RowSaver:
 
     def finish(self, t: Tensor, y: Tensor, success: Tensor) -> tuple[Tensor, Any]:
         """(t, y ``(T, R, M)`` or a tree); what was not reached is NaN."""
+        end = torch.where(success, self.clock.source.gather(1, self.last.unsqueeze(1)).squeeze(1), t).unsqueeze(0)
         if self.save.kind == "t":
-            final = self._values(t.unsqueeze(0), y[None])
-            self._put(self.last.unsqueeze(0), (success & (self.last > 0)).unsqueeze(0), final)
+            self._put(self.last.unsqueeze(0), (success & (self.last > 0)).unsqueeze(0), self._values(end, y[None]))
         elif self.save.kind == "final":
             everyone = torch.ones_like(success)
-            self._put(torch.zeros_like(self.last).unsqueeze(0), everyone.unsqueeze(0), self._values(t[None], y[None]))
+            self._put(torch.zeros_like(self.last).unsqueeze(0), everyone.unsqueeze(0), self._values(end, y[None]))
         total = self.total if self.save.kind != "steps" else int(self.taken.max())
         values = self._gather(total) if self.pieces else [b[:total] for b in self.buffers]  # type: ignore[union-attr]
         tree = values[0] if self.spec is None else pytree.tree_unflatten(values, self.spec)
@@ -229,7 +233,9 @@ class RowSaver:
 
 def row_values(segment: Segment, clock: Any, layout: Any, index: Tensor, inner: int) -> tuple[Tensor, Tensor]:
     """Times ``(n, B)`` and states ``(n, R, M)`` of outputs ``index``; ``inner``: whether any lies inside the step."""
-    times = clock.source.detach().T.gather(0, index.clamp(max=clock.source.shape[1] - 1))
+    times = clock.source.T.gather(0, index.clamp(max=clock.source.shape[1] - 1))
+    # Never NaN, which would reach the gradient of a function of (t, y) through 0 * NaN.
+    times = torch.where(index < clock.counts, times, segment.t1)
     if not inner:
         return times, segment.y.expand(len(index), *segment.y.shape)
     theta = clock.theta(index, segment.lo, segment.h)

@@ -208,12 +208,7 @@ class _Cut:
         if not clock.differentiable:
             return
         self.first = clock.first()
-        if clock.fixed:
-            clock.fixed_dt = self._leaf(clock.fixed_dt)
-        if isinstance(clock, JointClock):
-            clock.stops = [stop._replace(source=self._leaf(stop.source)) for stop in clock.stops]
-        else:
-            clock.stop_source = self._leaf(clock.stop_source)
+        clock.cut(self._leaf)
 
     def _leaf(self, x: Tensor | None) -> Tensor | None:
         if x is None or not x.requires_grad:

@@ -182,7 +182,7 @@ def _apply_save(plan: Plan, trajectory: Trajectory) -> Any:
             # fn must not see the NaN of what was not reached: its gradient would be NaN for all.
             y = torch.where(layout.per_row(here).unsqueeze(-1), y, trajectory.y_last.detach())
             time = torch.where(here, time, trajectory.t_last)
-        trees.append(plan.save.fn(time.to(layout.real_dtype), layout.unflatten(y)))  # type: ignore[misc]
+        trees.append(plan.save.fn(time.to(plan.save.time_dtype), layout.unflatten(y)))  # type: ignore[misc]
     return pytree.tree_map(lambda *x: _stack(layout, list(x), known), *trees)
 
 

@@ -51,7 +51,7 @@ def joint_stops(sources: list[tuple[Any, int | None]], start: float, end: float,
     sign = 1.0 if end >= start else -1.0
     found: dict[float, tuple[Tensor | None, tuple[int, ...]]] = {}
     for time, jump in sources:
-        value = float(time)
+        value = float(time.detach() if isinstance(time, Tensor) else time)
         if not 0.0 < sign * (value - start) <= sign * (end - start):
             continue
         source, jumps = found.get(value, (None, ()))
@@ -90,6 +90,11 @@ class JointClock:
     def first(self) -> Any:
         """The first node, with its gradient if one is wanted."""
         return self.source[0] if self.differentiable else self.start
+
+    def cut(self, leaf: Callable[[Any], Any]) -> None:
+        """Put ``leaf(x)`` in the place of every x that may be a function of the user's times (None among them)."""
+        self.fixed_dt = leaf(self.fixed_dt)
+        self.stops = [stop._replace(source=leaf(stop.source)) for stop in self.stops]
 
     def propose(self, t: float, dt: float, active: Any) -> tuple[float, float, bool]:
         """End of the step, its length, and whether it ends on a stop."""
@@ -179,12 +184,19 @@ class RowClock:
         self.single = keys.shape[1] == 1
         self._only = (self.stop_values[:, 0], self.stop_source[:, 0])
 
+    def cut(self, leaf: Callable[[Any], Any]) -> None:
+        """Put ``leaf(x)`` in the place of every x that may be a function of the user's times (None among them)."""
+        self.fixed_dt, self.stop_source = leaf(self.fixed_dt), leaf(self.stop_source)
+        # Selected anew in every step, so that no two steps share a part of the graph.
+        self._only = (self.stop_values[:, 0], None)
+
     def first(self) -> Tensor:
         return self.source[:, 0] if self.differentiable else self.start
 
     def _current(self, table: Tensor) -> Tensor:
         if self.single:
-            return self._only[table is self.stop_source]
+            known = self._only[table is self.stop_source]
+            return table[:, 0] if known is None else known
         return table.gather(1, self.next.clamp(max=table.shape[1] - 1).unsqueeze(1)).squeeze(1)
 
     def propose(self, t: Tensor, dt: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:

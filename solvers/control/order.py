@@ -9,36 +9,57 @@ from ..status import ArgumentError
 from .base import CONTROLLERS, Controller, Decision
 
 SMALLEST_RATIO = 1e-30
+"""An error of exactly 0 must not become an infinite factor."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OrderController(Controller):
-    safety: float = 0.9
+    """The order, out of k - 1, k, k + 1, that allows the longest next step.
+
+    The error of order q behaves like dt^(q + 1), so order q allows dt ``safety`` r_q^(-1/(q+1)) with r_q its error in units
+    of the tolerance. Lower if that is longer than at order k; higher if it is longer and the error smaller (Hairer,
+    Nørsett & Wanner I, III.7; Shampine & Gordon 1975). As long as all history is in use, which is so after a start, the
+    order rises with every step unless a lower one is better.
+
+    Reads ``order``, ``count`` (past points known) and ``highest`` (largest order) of the method's state.
+
+    Args:
+        safety: in (0, 1].
+        factor_min, factor_max: limits on dt_next / dt, 0 < factor_min < 1 < factor_max. Adams formulas lose their
+            stability where steps grow by much more than 2.
+    """
+
+    safety: float = 0.8
     factor_min: float = 0.2
     factor_max: float = 2.0
-    dead: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.safety <= 1:
+            raise ArgumentError(f"safety must be in (0, 1], found {self.safety}")
+        if not 0 < self.factor_min < 1:
+            raise ArgumentError(f"factor_min must be in (0, 1), found {self.factor_min}")
+        if not self.factor_max > 1:
+            raise ArgumentError(f"factor_max must be above 1, found {self.factor_max}")
 
     def update(self, ops: Any, ratio: Any, error_order: int, state: Any, method_state: Any) -> Decision:
         k = method_state.order
-        low, own, high = ratio
+        below, own, above = ratio
         accept = own <= 1.0
-        f_own = self._factor(ops, own, k + 1)
-        f_low = self._factor(ops, low, k)
-        f_high = self._factor(ops, high, k + 2)
-        rising = k > method_state.count
-        lower = (f_low > f_own) & (k > 1)
-        higher = (high < own) & (f_high > f_own) & accept & ops.invert(lower)
-        climb = rising & accept & ops.invert(lower) & (k < method_state.highest)
-        order = ops.where(lower, k - 1, ops.where(higher | climb, k + 1, k))
-        f = ops.where(lower, f_low, ops.where(higher, f_high, f_own))
-        # still rising: double
-        f = ops.clip(f, self.factor_min, self.factor_max)
-        f = ops.where(accept, ops.where(f >= self.dead, f, ops.where(f < 1.0, f, 1.0)), ops.minimum(f, 0.9))
-        return Decision(accept, f, state, order)
+        shorter, same, longer = (self._factor(ops, r, q + 1) for r, q in ((below, k - 1), (own, k), (above, k + 1)))
+        lower = shorter > same
+        better = (longer > same) & (above < own)
+        climbing = (k > method_state.count) & (k < method_state.highest)
+        higher = accept & (better | climbing) & ops.invert(lower)
+        order = ops.where(lower, k - 1, ops.where(higher, k + 1, k))
+        factor = ops.where(lower, shorter, ops.where(higher & better, longer, same))
+        factor = ops.clip(factor, self.factor_min, self.factor_max)
+        # After a rejection the estimate is of a step that was too long: be on the safe side.
+        return Decision(accept, ops.where(accept, factor, ops.minimum(factor, 0.7)), state, order)
 
-    def _factor(self, ops, ratio, exponent):
+    def _factor(self, ops: Any, ratio: Any, exponent: Any) -> Any:
         ratio = ops.maximum(ops.where(ops.isfinite(ratio), ratio, 1e30), SMALLEST_RATIO)
-        return self.safety * ratio ** (-1.0 / exponent)
+        # An exponent of whole numbers would be divided in torch's default dtype.
+        return self.safety * ratio ** (-1.0 / (exponent + 0.0 * ratio))
 
 
 CONTROLLERS.register("order", OrderController())

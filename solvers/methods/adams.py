@@ -68,8 +68,7 @@ class AdamsState(NamedTuple):
     slopes: f at t_{n-1}, t_{n-2}, .. (fixed order), or Phi*_0, Phi*_1, .. of the step before (variable order). steps:
     t_n - t_{n-1}, t_{n-1} - t_{n-2}, ... count: how many of them there are, int or ``(B,)``; in the batched modes all
     tuples have their full length from the start, with harmless numbers behind the first ``count``. order: of the next
-    step (int or ``(B,)``), with ``highest`` the largest allowed. age: steps since anybody last started; settled: nobody
-    is starting any more.
+    step (int or ``(B,)``), with ``highest`` the largest allowed. settled: nobody lacks history any more.
     """
 
     slopes: tuple[Tensor, ...]
@@ -78,8 +77,19 @@ class AdamsState(NamedTuple):
     work: Workspace
     order: Any = None
     highest: int = HIGHEST_ORDER
-    age: int = 0
     settled: bool = False
+
+
+class AdamsError(NamedTuple):
+    """Errors of the formulas of orders k - 1, k, k + 1: ``factors`` times ``differences``, in units of y.
+
+    dt (g_j - g_{j-1}) Phi_j for j = k - 1, k, k + 1 (HNW III.7). What needs more history than there is, is None (joint) or
+    false in ``exists``.
+    """
+
+    differences: tuple[Any, Any, Any]
+    factors: list[Any]
+    exists: Any = None
 
 
 class AdamsDense(NamedTuple):
@@ -101,9 +111,10 @@ class AdamsDense(NamedTuple):
     starting: Any = False
 
 
-def _first_state(field: Any, dt: Any, y0: Tensor, f0: Tensor | None, depth: int, order: int | None) -> AdamsState:
+def _first_state(
+    field: Any, dt: Any, y0: Tensor, f0: Tensor | None, depth: int, order: int | None = None, highest: int = HIGHEST_ORDER
+) -> AdamsState:
     work = Workspace(y0, f0)
-    highest = HIGHEST_ORDER if order is None else depth
     if field.layout.joint:
         return AdamsState((), (), 0, work, order, highest)
     nothing, step = torch.zeros_like(y0), torch.where(dt.detach() < 0, -1.0, 1.0).to(torch.float64)
@@ -187,7 +198,7 @@ class _FixedOrder(Method):
             raise ArgumentError(f"order of {self.name!r} must be an integer from 1 to {HIGHEST_ORDER}, found {self.order!r}")
 
     def init(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor | None) -> AdamsState:
-        return _first_state(field, dt, y0, f0, self.order - 1, None)
+        return _first_state(field, dt, y0, f0, self.order - 1)
 
     def formula(self, field: Any, t0: Any, dt: Any, y0: Tensor, past: Any, steps: Any, active: Any) -> StepOut:
         """One step where the history is complete; ``past``: f at t_n, t_{n-1}, ... ``state`` of the result is not used."""
@@ -204,16 +215,15 @@ class _FixedOrder(Method):
         return out._replace(state=self._following(state, past, dt, settled), work=out.work + calls)
 
     def _starting(self, state: AdamsState, active: Any) -> tuple[Any, bool]:
-        """Who lacks history (True, False or a mask), and whether nobody will again. One read at the end of a start."""
+        """Who lacks history (True, False or a mask), and whether nobody ever will again. Reads only while some may."""
         needed = self.order - 1
         if not isinstance(state.count, Tensor):
             return state.count < needed, False
         if state.settled or needed == 0:
             return False, True
         starting = state.count < needed
-        if state.age >= needed and not bool((starting & active).any()):
-            return False, True
-        return starting, False
+        some, others = torch.stack([starting & active, ~starting & active]).any(1).tolist()
+        return (starting if others else True) if some else False, not some
 
     def _start(self, field, t0, dt, y0, past, steps, active, starting) -> StepOut:
         method, layout = start_method(self.order), field.layout
@@ -232,7 +242,7 @@ class _FixedOrder(Method):
         depth = self.order - 1
         count = min(state.count + 1, depth) if isinstance(state.count, int) else (state.count + 1).clamp(max=depth)
         return state._replace(
-            slopes=past[:depth], steps=(dt, *state.steps)[:depth], count=count, age=state.age + 1, settled=settled
+            slopes=past[:depth], steps=(dt, *state.steps)[:depth], count=count, settled=settled
         )
 
     def prepare(self, field: Any, dense: AdamsDense) -> tuple[AdamsDense, int]:
@@ -433,7 +443,7 @@ class VariableAdams(Method):
         return self.max_order
 
     def init(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor | None) -> AdamsState:
-        return _first_state(field, dt, y0, f0, self.max_order, 1)
+        return _first_state(field, dt, y0, f0, self.max_order - 1, 1, self.max_order)
 
     def step(self, field: Any, t0: Any, dt: Any, y0: Tensor, state: AdamsState, active: Any) -> StepOut:
         layout, k = field.layout, state.order
@@ -465,42 +475,41 @@ class VariableAdams(Method):
             stars.append(phi if isinstance(factor, float) and factor == 1.0 else phi * factor)
         return tuple(stars)
 
-    def _errors(self, layout: Any, dt: Any, g: Any, stars: Any, latest: Tensor, state: AdamsState) -> tuple[Any, Any, Any]:
-        """Errors of the formulas of orders k - 1, k, k + 1: dt (g_j - g_{j-1}) Phi_j for j = k - 1, k, k + 1 (HNW III.7).
-
-        The last one comes from the differences at t_n, whose f's are all corrected.
-        """
-        k, count, spread = state.order, state.count, layout.spread
-        latest = latest.detach()
-        own = latest * spread(dt * (_pick(g, k) - _pick(g, k - 1)))
+    def _errors(self, layout: Any, dt: Any, g: Any, stars: Any, latest: Tensor, state: AdamsState) -> AdamsError:
+        k, spread = state.order, layout.spread
         if isinstance(k, int):
-            low = high = None
-            if k > 1:
-                low = (latest + stars[k - 1]) * spread(dt * (g[k - 1] - g[k - 2]))
-            if k < count and k < state.highest:
-                high = stars[k + 1] * spread(dt * (g[k + 1] - g[k]))
-            return low, own, high
-        stack = torch.stack(stars)
-        raised = (k + 1).clamp(max=len(stars) - 1)
-        low = (latest + _pick(stack, layout.per_row(k - 1))) * spread(dt * (_pick(g, k - 1) - _pick(g, (k - 2).clamp(min=0))))
-        high = _pick(stack, layout.per_row(raised)) * spread(dt * (_pick(g, raised) - _pick(g, k)))
-        return (
-            torch.where(spread(k > 1), low, torch.inf),
-            own,
-            torch.where(spread((k < count) & (k < state.highest)), high, torch.inf),
-        )
+            low = latest + stars[k - 1] if k > 1 else None
+            # A difference with the prediction's f in it: good enough to choose an order by.
+            high = latest - stars[k] if k <= state.count and k < state.highest else None
+            factors = [dt * (g[j] - g[j - 1]) if 0 < j < len(g) else 0.0 for j in (k - 1, k, k + 1)]
+            return AdamsError((low, latest, high), factors)
+        stack, last = torch.stack(stars), len(stars) - 1
+        low = latest + _pick(stack, layout.per_row(k - 1))
+        high = latest - _pick(stack, layout.per_row(k.clamp(max=last)))
+        jumps = torch.cat([torch.zeros_like(g[:1]), g[1:] - g[:-1], torch.zeros_like(g[:1])])
+        factors = [dt * _pick(jumps, j) for j in (k - 1, k, k + 1)]
+        exists = (k > 1, None, (k <= state.count) & (k < state.highest))
+        return AdamsError((low, latest, high), factors, exists)
 
     def _following(self, state: AdamsState, stars: tuple[Tensor, ...], dt: Any) -> AdamsState:
+        depth = self.max_order - 1
         if isinstance(state.order, int):
-            kept = min(state.count + 1, state.order + 2, self.max_order)
-            return state._replace(slopes=stars[:kept], steps=(dt, *state.steps)[:kept], count=kept)
-        kept = torch.minimum(state.count + 1, state.order + 2).clamp(max=self.max_order)
-        depth = self.max_order
+            kept = depth = min(state.count + 1, state.order + 1, depth)
+        else:
+            kept = torch.minimum(state.count + 1, state.order + 1).clamp(max=depth)
         return state._replace(slopes=stars[:depth], steps=(dt, *state.steps)[:depth], count=kept)
 
     def ratio(self, norm: Any, y0: Tensor, out: StepOut) -> Any:
         scale = norm.scale(y0, out.y1)
-        return tuple(math.inf if error is None else norm(error, scale) for error in out.error)
+        differences, factors, exists = out.error
+        if exists is None:
+            known = [phi.detach() for phi in differences if phi is not None]
+            sizes = iter(_sizes(norm, known, scale))
+            return tuple(
+                math.inf if phi is None else abs(float(factor)) * next(sizes) for phi, factor in zip(differences, factors)
+            )
+        ratios = [norm(phi, scale) * factor.abs() for phi, factor in zip(differences, factors)]
+        return tuple(r if e is None else torch.where(e, r, torch.inf) for r, e in zip(ratios, exists))
 
     def snapshot(self, dense: AdamsDense) -> AdamsDense:
         return dense
@@ -524,6 +533,18 @@ def _pick(values: Any, index: Any) -> Any:
         return values[index]
     where = index.reshape((1, -1) + (1,) * (values.dim() - 2)).expand(1, *values.shape[1:])
     return values.gather(0, where)[0]
+
+
+def _sizes(norm: Any, tensors: list[Tensor], scale: Tensor) -> list[float]:
+    """Error norms of several tensors, joint mode, with a single read from the device."""
+    layout = norm.layout
+    if norm.custom is not None:
+        return [norm(x, scale) for x in tensors]
+    scaled = torch.stack(tensors) / scale
+    parts = [scaled] if layout.single else scaled.split(layout.sizes, dim=1)
+    sizes = [torch.linalg.vector_norm(part, dim=1) / math.sqrt(max(part.shape[1], 1)) for part in parts]
+    found: list[float] = (sizes[0] if layout.single else torch.stack(sizes).amax(0)).tolist()
+    return found
 
 
 METHODS.register("explicit_adams", ExplicitAdams())

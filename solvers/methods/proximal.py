@@ -92,7 +92,7 @@ class ProxEuler(Method):
         return ProxState(slope, torch.zeros_like(y0), none, self.inner.remember(layout, y0))
 
     def step(self, field: Any, t0: Any, dt: Any, y0: Tensor, state: ProxState, active: Any) -> StepOut:
-        size = _number(dt)
+        size, grad = _number(dt), torch.is_grad_enabled()
         with torch.no_grad():
             start = y0.detach()
             (t1,) = field.times(_number(t0), size, (1.0,))
@@ -100,7 +100,7 @@ class ProxEuler(Method):
             found = minimise(
                 problem,
                 self.inner,
-                self._predict(problem, state),
+                self._predict(problem, state, grad),
                 tol=self.inner_tol,
                 max_iters=self.max_iters,
                 active=active,
@@ -108,21 +108,22 @@ class ProxEuler(Method):
             )
             error, after = _advance(problem, state, found)
         y1, calls = found.z, problem.calls
-        if torch.is_grad_enabled() and any_true(found.converged):
-            y1, more = self._record(field, t0, dt, y0, problem, found)
-            calls += more
+        depends = problem.depends or any(isinstance(x, Tensor) and x.requires_grad for x in (y0, t0, dt))
+        if grad and depends and any_true(found.converged):
+            y1, calls = self._record(field, t0, dt, y0, problem, found), calls + 2
         return StepOut(
             y1, error, ProxDense(field.layout, dt, y0, y1), after, calls, _status(problem, found), found.iterations
         )
 
-    def _predict(self, problem: ProximalProblem, state: ProxState) -> Point:
+    def _predict(self, problem: ProximalProblem, state: ProxState, grad: bool) -> Point:
         """Extrapolation of the past, or the start where that has the smaller residual."""
         y0, wide = problem.a, problem.wide
         slope = wide * state.slope
         bend = wide * problem.layout.spread(problem.g + state.dt) * state.bend
         z = y0 + slope
         z = problem.keep(problem.norm(bend) > NOISE * self.inner_tol, z + bend, z)
-        point = problem.evaluate(z)
+        with torch.set_grad_enabled(grad):
+            point = problem.evaluate(z)
         # |dt f| is the residual of y0, nearly; below the tolerance both are good enough.
         good = problem.norm(point.r) <= problem.ops.maximum(problem.norm(slope), self.inner_tol)
         if all_true(good):
@@ -131,7 +132,7 @@ class ProxEuler(Method):
 
     def _record(
         self, field: Any, t0: Any, dt: Any, y0: Tensor, problem: ProximalProblem, found: InnerResult
-    ) -> tuple[Tensor, int]:
+    ) -> Tensor:
         """The solution as a function of everything the step depends on; samples without one stay constants."""
         wide = field.layout.spread(dt)
 
@@ -139,11 +140,9 @@ class ProxEuler(Method):
             (t1,) = field.times(t0, dt, (1.0,))
             return z - y0 - wide * field(t1, z)
 
-        known = any(isinstance(x, Tensor) and x.requires_grad for x in (y0, t0, dt))
         # f and its derivative need not exist at an iterate that failed.
         z = problem.keep(found.converged, found.z, problem.a)
-        z, calls = attach(residual, z, problem, self.backward_tol, known)
-        return problem.keep(found.converged, z, found.z), calls
+        return problem.keep(found.converged, attach(residual, z, problem, self.backward_tol), found.z)
 
     def interpolate(self, dense: ProxDense, theta: Tensor, derivative: int = 0) -> Tensor:
         layout, change = dense.layout, dense.y1 - dense.y0

@@ -74,16 +74,18 @@ class RungeKutta(Method):
     def init(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor | None) -> RKState:
         layout, tableau = field.layout, self.tableau
         rows = tableau.stages + len(tableau.extension.c_extra)
-        work = Workspace(self._stages(field, y0, rows))
+        work = Workspace(self._stages(field, dt, y0, rows))
         if f0 is not None and not tableau.fsal:
             work.stages.start(f0)
             work.k0_of = y0
         return RKState(f0 if tableau.fsal else None, work)
 
     @staticmethod
-    def _stages(field: Any, y0: Tensor, rows: int) -> ListStages | BufferStages:
+    def _stages(field: Any, dt: Any, y0: Tensor, rows: int) -> ListStages | BufferStages:
         layout = field.layout
-        if torch.is_grad_enabled() or y0.numel() > BUFFER_LIMIT or transforms_active():
+        # A joint step of tensor length carries a gradient, or repeats one that does: the buffers take numbers only.
+        listed = torch.is_grad_enabled() or transforms_active() or (layout.joint and isinstance(dt, Tensor))
+        if listed or y0.numel() > BUFFER_LIMIT:
             return ListStages(layout)
         if layout.is_tensor and layout.same_dtype and field.norm.on_host:
             return HostStages(layout, rows)

@@ -117,6 +117,9 @@ class ProximalProblem(InnerProblem):
         field: f on the flat state. t: time of the stage, as f wants it. a: flat state. g: signed, float or ``(B,)``.
         norm, scale: an error norm and its scale (units of y).
         energy: F(t, z) of the user's state, one number per sample, or None.
+
+    Attributes:
+        depends: whether an evaluation under ``enable_grad`` has shown f to depend on something that requires a gradient.
     """
 
     def __init__(
@@ -125,10 +128,13 @@ class ProximalProblem(InnerProblem):
         super().__init__(field.layout, norm, scale)
         self.field, self.t, self.a, self.g, self.energy = field, t, a, g, energy
         self.wide = field.layout.spread(g)
+        self.depends = False
 
     def evaluate(self, z: Tensor) -> Point:
         self.calls += 1
         f = self.field(self.t, z)
+        if f.requires_grad:
+            self.depends, f = True, f.detach()
         return Point(z, z - self.a - self.wide * f, f)
 
     def jv(self, point: Point, v: Tensor) -> Tensor:

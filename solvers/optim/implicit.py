@@ -21,10 +21,8 @@ WINDOW = 10
 MAX_ITERS = 2000
 
 
-def attach(
-    residual: Callable[[Tensor], Tensor], z: Tensor, problem: InnerProblem, tol: float, known: bool = False
-) -> tuple[Tensor, int]:
-    """``z``, which solves residual(z) = 0, as a function of every tensor that ``residual`` depends on; and the calls it made.
+def attach(residual: Callable[[Tensor], Tensor], z: Tensor, problem: InnerProblem, tol: float) -> Tensor:
+    """``z``, which solves residual(z) = 0, as a function of every tensor that ``residual`` depends on. Two calls of it.
 
     The value is that of ``z``. It can be differentiated twice: with S = M^-1 held constant, z - S r(z) has the first
     derivative of the solution (a Newton step squares an error, and a change of theta is an error of first order); the same
@@ -33,18 +31,14 @@ def attach(
     Args:
         residual: one call of f, recorded by autograd. z: flat, detached. problem: for its geometry.
         tol: of the linear solves in the backward pass, relative to the right-hand side of each sample.
-        known: that something requires a gradient; else one more call finds out.
     """
-    calls = 0 if known else 1
-    if not known and not residual(z).requires_grad:
-        return z, calls
     shut, opened = _Flag(), _Flag()
     x = z.detach().requires_grad_()
     for flag in (shut, opened):
         at = _Gate.apply(x, flag)
         r = residual(at)
         x = at - _Correction.apply(r, _System(problem, tol, at, r), opened)
-    return x, calls + 2
+    return x
 
 
 class _Flag:

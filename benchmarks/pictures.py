@@ -1,0 +1,120 @@
+"""Pictures of the main job, and what every picture here shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .registry import Result, need
+
+__all__ = ["draw_main_job", "figure", "save"]
+
+LARGEST = 300_000  # bytes of a picture that a document shows
+
+
+def figure(*shape: Any, **options: Any) -> tuple[Any, Any]:
+    """matplotlib's `subplots` without a display; raises MissingExtra."""
+    need("matplotlib")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(*shape, layout="constrained", **options)
+
+
+def save(drawn: Any, path: Path) -> None:
+    """Write a figure as PNG with a palette of 256 colours, with fewer dots until it is below 300 kB, and close it."""
+    import io
+
+    from matplotlib import pyplot
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for dots in (110, 90, 75, 60):
+        stream = io.BytesIO()
+        drawn.savefig(stream, format="png", dpi=dots)
+        Image.open(stream).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+            path, format="PNG", optimize=True
+        )
+        if path.stat().st_size < LARGEST:
+            break
+    pyplot.close(drawn)
+
+
+def draw_main_job(result: Result, path: Path) -> None:
+    """One row a problem: before, after, and error against evaluations."""
+    count = len(result.tables)
+    drawn, axes = figure(count, 3, figsize=(11, 3.3 * count), squeeze=False)
+    for line, table, (problem, solutions) in zip(axes, result.tables, result.arrays.values()):
+        show_states(line[0], line[1], problem, solutions)
+        show_work(line[2], table.rows, problem)
+    save(drawn, path)
+
+
+def show_states(before: Any, after: Any, problem: Any, solutions: dict[str, Any]) -> None:
+    """The start and the end: of a proximal solve where one finished, else of the first that did."""
+    finished = {name: y for name, y in solutions.items() if y is not None}
+    chosen = next((name for name in reversed(finished) if name.startswith("prox")), next(iter(finished), None))
+    end = None if chosen is None else finished[chosen][-1].cpu().numpy()
+    paint = {"line": paint_line, "terrain": paint_terrain, "terrain-full": paint_terrain}.get(problem.name, paint_grey)
+    paint(before, problem.y0.cpu().numpy(), problem)
+    before.set_title(f"{problem.title}: before", fontsize=9)
+    if end is None:
+        after.text(0.5, 0.5, "no solver finished", ha="center")
+        return
+    paint(after, end, problem)
+    after.set_title(f"after ({chosen})", fontsize=9)
+
+
+def paint_line(axes: Any, y: Any, problem: Any) -> None:
+    axes.plot(y, color="tab:blue")
+    start = problem.y0.cpu().numpy()
+    axes.set_ylim(start.min() - 0.02, start.max() + 0.02)
+    axes.set_xlabel("point", fontsize=8)
+
+
+def paint_terrain(axes: Any, height: Any, problem: Any) -> None:
+    """Heights in m, with the shade of a low sun."""
+    from matplotlib import colormaps
+    from matplotlib.colors import LightSource, Normalize
+
+    rows, columns = problem.extra["spacing"]
+    start = problem.y0.cpu().numpy()
+    shades = LightSource(azdeg=315, altdeg=45).shade(
+        height,
+        cmap=colormaps["gist_earth"],
+        norm=Normalize(start.min() - 150, start.max()),
+        blend_mode="soft",
+        vert_exag=2,
+        dx=columns,
+        dy=rows,
+    )
+    extent = (0, columns * height.shape[1] / 1000, 0, rows * height.shape[0] / 1000)
+    axes.imshow(shades, extent=extent)
+    axes.set_xlabel(f"km; heights {height.min():.0f} to {height.max():.0f} m", fontsize=8)
+
+
+def paint_grey(axes: Any, image: Any, problem: Any) -> None:
+    axes.imshow(image, cmap="gray", vmin=0, vmax=1)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def show_work(axes: Any, rows: list[dict[str, Any]], problem: Any) -> None:
+    """Error against evaluations of every solver that finished; the proximal step counts are joined."""
+    joined = [row for row in rows if row["solver"].startswith("prox") and row.get("error")]
+    fixed = [row for row in joined if "steps" in row["solver"]]
+    axes.loglog([row["evaluations"] for row in fixed], [row["error"] for row in fixed], color="tab:red", alpha=0.5)
+    for row in rows:
+        if not row.get("error"):
+            continue
+        colour = "tab:red" if row["solver"].startswith("prox") else ("tab:gray" if "-" in row["solver"] else "tab:blue")
+        axes.plot(row["evaluations"], row["error"], "o", color=colour, markersize=4)
+        label = row["solver"].removeprefix("prox_euler, ")
+        axes.annotate(label, (row["evaluations"], row["error"]), fontsize=6, xytext=(3, 2), textcoords="offset points")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("evaluations of f", fontsize=8)
+    axes.set_title(f"error{f' ({problem.unit})' if problem.unit else ', relative'}; red: prox_euler", fontsize=9)
+    axes.grid(alpha=0.3)

@@ -1,0 +1,1 @@
+import graphops, solvers  # noqa: E401, I001  (the alias: `from proxode import solvers`)
