@@ -28,9 +28,7 @@ def usual_times() -> str:
     """Each benchmark with its summary and usual time, for --help and `list`."""
     lines = []
     for entry in BENCHMARKS.values():
-        lines.append(
-            f"  {entry.name:16s} {entry.summary}\n{'':19s}usually {entry.usual_time}; --quick {entry.quick_time}"
-        )
+        lines.append(f"  {entry.name:16s} {entry.summary}\n{'':19s}usually {entry.usual_time}; --quick {entry.quick_time}")
     return "\n".join(lines)
 
 
@@ -38,9 +36,7 @@ def parser() -> argparse.ArgumentParser:
     """The argument parser; its help states each benchmark's usual time."""
     plain = argparse.RawDescriptionHelpFormatter
     about = f"benchmarks, on two cores:\n{usual_times()}"
-    top = argparse.ArgumentParser(
-        "python -m benchmarks", description="Measure the solvers.", epilog=about, formatter_class=plain
-    )
+    top = argparse.ArgumentParser("python -m benchmarks", description="Measure the solvers.", epilog=about, formatter_class=plain)
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="the benchmarks, problems and peers")
     run = commands.add_parser("run", help="run one: table, JSON, picture", epilog=about, formatter_class=plain)
@@ -51,12 +47,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--quick", action="store_true", help="a short version that shows that it works")
     run.add_argument("--full", action="store_true", help="the whole terrain in place of its crop (stiff-diffusion)")
     run.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    run.add_argument(
-        "--json", type=Path, metavar="F", help="where the result goes (default benchmarks/results/NAME.json)"
-    )
-    run.add_argument(
-        "--plot", type=Path, metavar="F", help="where the picture goes (default benchmarks/results/NAME.png)"
-    )
+    run.add_argument("--json", type=Path, metavar="F", help="where the result goes (default benchmarks/results/NAME.json)")
+    run.add_argument("--plot", type=Path, metavar="F", help="where the picture goes (default benchmarks/results/NAME.png)")
     report = commands.add_parser("report", help="one self-contained HTML page from a folder of results")
     report.add_argument("folder", type=Path, metavar="DIR")
     return top
@@ -101,9 +93,7 @@ def check(entry: Benchmark, settings: Settings) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run one benchmark; print its tables, write its JSON and picture."""
     entry = BENCHMARKS[arguments.name]
-    settings = Settings(
-        arguments.methods, arguments.peers, arguments.problems, arguments.quick, arguments.full, arguments.device
-    )
+    settings = Settings(arguments.methods, arguments.peers, arguments.problems, arguments.quick, arguments.full, arguments.device)
     check(entry, settings)
     plot = arguments.plot or RESULTS / f"{entry.name}.png"
     target = arguments.json or RESULTS / f"{entry.name}.json"

@@ -42,9 +42,7 @@ class PeriodicDiffusion:
     def jacobian(self, y: Tensor) -> sparse.csc_array:
         """df/dy, `(N, N)`, the same for every `y`."""
         points = y.shape[-1]
-        band = sparse.diags(
-            [1.0, 1.0, -2.0, 1.0, 1.0], offsets=[1 - points, -1, 0, 1, points - 1], shape=(points, points)
-        )
+        band = sparse.diags([1.0, 1.0, -2.0, 1.0, 1.0], offsets=[1 - points, -1, 0, 1, points - 1], shape=(points, points))
         return sparse.csc_array(band / self.spacing**2)
 
 

@@ -1,7 +1,7 @@
 """Make the stored references: python -m benchmarks.make_references [terrain] [terrain-full] [photograph].
 
 Each is scipy's BDF with the exact sparse Jacobian at 1e-9, confirmed by a method of another family: Radau, or for the
-photograph, which is only mildly stiff, the explicit DOP853. They take 1, 7 and 3 minutes on one core.
+photograph, which is only mildly stiff, the explicit DOP853. They take 1, 2 and 3 minutes on one core.
 """
 
 from __future__ import annotations

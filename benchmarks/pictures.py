@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +26,20 @@ def figure(*shape: Any, **options: Any) -> tuple[Any, Any]:
 
 
 def save(drawn: Any, path: Path) -> None:
-    """Write a figure as PNG with a palette of 256 colours, with fewer dots until it is below 300 kB, and close it."""
-    import io
-
+    """Write a figure as PNG, with fewer dots until it is below 300 kB (at last with a palette), and close it."""
     from matplotlib import pyplot
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    for dots in (110, 90, 75, 60):
+    for dots in (110, 90, 75):
         stream = io.BytesIO()
         drawn.savefig(stream, format="png", dpi=dots)
-        Image.open(stream).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
-            path, format="PNG", optimize=True
-        )
+        image = Image.open(stream).convert("RGB")
+        image.save(path, format="PNG", optimize=True)
         if path.stat().st_size < LARGEST:
             break
+    else:
+        image.quantize(256).save(path, format="PNG", optimize=True)
     pyplot.close(drawn)
 
 
@@ -56,26 +57,30 @@ def show_states(before: Any, after: Any, problem: Any, solutions: dict[str, Any]
     """The start and the end: of a proximal solve where one finished, else of the first that did."""
     finished = {name: y for name, y in solutions.items() if y is not None}
     chosen = next((name for name in reversed(finished) if name.startswith("prox")), next(iter(finished), None))
-    end = None if chosen is None else finished[chosen][-1].cpu().numpy()
     paint = {"line": paint_line, "terrain": paint_terrain, "terrain-full": paint_terrain}.get(problem.name, paint_grey)
-    paint(before, problem.y0.cpu().numpy(), problem)
+    paint(before, [problem.y0.cpu().numpy()], problem)
     before.set_title(f"{problem.title}: before", fontsize=9)
-    if end is None:
+    if chosen is None:
         after.text(0.5, 0.5, "no solver finished", ha="center")
         return
-    paint(after, end, problem)
+    paint(after, list(finished[chosen].cpu().numpy()), problem)
     after.set_title(f"after ({chosen})", fontsize=9)
 
 
-def paint_line(axes: Any, y: Any, problem: Any) -> None:
-    axes.plot(y, color="tab:blue")
+def paint_line(axes: Any, states: list[Any], problem: Any) -> None:
+    """One curve an output."""
+    times = problem.times[1:] if len(states) > 1 else problem.times[:1]
+    for y, t in zip(states, times):
+        axes.plot(y, label=f"t = {t:g}")
     start = problem.y0.cpu().numpy()
     axes.set_ylim(start.min() - 0.02, start.max() + 0.02)
     axes.set_xlabel("point", fontsize=8)
+    axes.legend(fontsize=7)
 
 
-def paint_terrain(axes: Any, height: Any, problem: Any) -> None:
+def paint_terrain(axes: Any, states: list[Any], problem: Any) -> None:
     """Heights in m, with the shade of a low sun."""
+    height = states[-1]
     from matplotlib import colormaps
     from matplotlib.colors import LightSource, Normalize
 
@@ -95,14 +100,16 @@ def paint_terrain(axes: Any, height: Any, problem: Any) -> None:
     axes.set_xlabel(f"km; heights {height.min():.0f} to {height.max():.0f} m", fontsize=8)
 
 
-def paint_grey(axes: Any, image: Any, problem: Any) -> None:
-    axes.imshow(image, cmap="gray", vmin=0, vmax=1)
+def paint_grey(axes: Any, states: list[Any], problem: Any) -> None:
+    axes.imshow(states[-1], cmap="gray", vmin=0, vmax=1)
     axes.set_xticks([])
     axes.set_yticks([])
 
 
 def show_work(axes: Any, rows: list[dict[str, Any]], problem: Any) -> None:
     """Error against evaluations of every solver that finished; the proximal step counts are joined."""
+    from matplotlib.ticker import NullFormatter
+
     joined = [row for row in rows if row["solver"].startswith("prox") and row.get("error")]
     fixed = [row for row in joined if "steps" in row["solver"]]
     axes.loglog([row["evaluations"] for row in fixed], [row["error"] for row in fixed], color="tab:red", alpha=0.5)
@@ -113,8 +120,15 @@ def show_work(axes: Any, rows: list[dict[str, Any]], problem: Any) -> None:
         axes.plot(row["evaluations"], row["error"], "o", color=colour, markersize=4)
         label = row["solver"].removeprefix("prox_euler, ")
         axes.annotate(label, (row["evaluations"], row["error"]), fontsize=6, xytext=(3, 2), textcoords="offset points")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    for axis, scale, values in (
+        (axes.xaxis, axes.set_xscale, [row["evaluations"] for row in rows if row.get("error")]),
+        (axes.yaxis, axes.set_yscale, [row["error"] for row in rows if row.get("error")]),
+    ):
+        scale("log")
+        axis.set_minor_formatter(NullFormatter())
+        if values:
+            whole = [math.floor(math.log10(min(values))), math.ceil(math.log10(max(values) * 1.3))]
+            axis.set_view_interval(10.0 ** whole[0], 10.0 ** whole[1], ignore=True)
     axes.set_xlabel("evaluations of f", fontsize=8)
     axes.set_title(f"error{f' ({problem.unit})' if problem.unit else ', relative'}; red: prox_euler", fontsize=9)
     axes.grid(alpha=0.3)

@@ -59,9 +59,7 @@ def store(name: str, y: np.ndarray, quantum: float, start: Tensor, facts: dict[s
     facts = {**facts, "start": fingerprint(start), "quantum": quantum}
     np.savez_compressed(path, packed=_smallest(pack(y, quantum)), facts=np.array(json.dumps(facts)))
     if path.stat().st_size > LARGEST:
-        raise BenchmarkError(
-            f"{path.name} has {path.stat().st_size} bytes, more than {LARGEST}; store with a larger quantum"
-        )
+        raise BenchmarkError(f"{path.name} has {path.stat().st_size} bytes, more than {LARGEST}; store with a larger quantum")
     return path
 
 

@@ -58,9 +58,7 @@ def installed(package: str) -> bool:
 def need(package: str, extra: str = "bench") -> None:
     """Raise MissingExtra if `package` is not installed, naming the extra that holds it."""
     if not installed(package):
-        raise MissingExtra(
-            f'{package} is not installed; it is part of the {extra!r} extra: pip install "proxode[{extra}]"'
-        )
+        raise MissingExtra(f'{package} is not installed; it is part of the {extra!r} extra: pip install "proxode[{extra}]"')
 
 
 class Registry(Mapping[str, Entry], Generic[Entry]):

@@ -47,11 +47,14 @@ def show(tables: list[Table]) -> None:
 
     console = Console(width=None if _is_terminal() else 160)
     for table in tables:
-        drawn = RichTable(
-            title=table.title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False
-        )
+        drawn = RichTable(title=table.title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
         for column in table.columns:
-            drawn.add_column(column.heading, justify="left" if column.kind == "text" else "right", overflow="fold")
+            drawn.add_column(
+                column.heading,
+                justify="left" if column.kind == "text" else "right",
+                overflow="fold",
+                no_wrap=column is table.columns[0],
+            )
         for row in table.rows:
             drawn.add_row(*(escape(written(c.kind, row.get(c.key))) for c in table.columns))
         console.print(drawn)
@@ -105,9 +108,7 @@ def read_json(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text())
         record["benchmark"], record["tables"], record["machine"]
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise BenchmarkError(
-            f"{path} is no result of `run` ({error!r}); remove it or run that benchmark again"
-        ) from error
+        raise BenchmarkError(f"{path} is no result of `run` ({error!r}); remove it or run that benchmark again") from error
     return record
 
 
@@ -163,8 +164,7 @@ def _table(table: dict[str, Any]) -> str:
 
     head = "".join(cell("th", c, c.heading) for c in columns)
     body = "".join(
-        "<tr>" + "".join(cell("td", c, written(c.kind, row.get(c.key))) for c in columns) + "</tr>\n"
-        for row in table["rows"]
+        "<tr>" + "".join(cell("td", c, written(c.kind, row.get(c.key))) for c in columns) + "</tr>\n" for row in table["rows"]
     )
     notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in table.get("notes", ()))
     caption = f"<caption>{html.escape(table['title'])}</caption>"

@@ -93,6 +93,4 @@ def solve_ours(problem: DiffusionProblem, ours: Ours, deadline: Deadline) -> Out
     stopped = float(solution.last.t) if status == Status.STOPPED else None
     failed = None if status in (Status.SUCCESS, Status.STOPPED) else status.name.lower().replace("_", " ")
     whole = status == Status.SUCCESS
-    return Outcome(
-        solution.y[1:] if whole else None, int(stats.nfe), int(stats.accepted), int(stats.rejected), stopped, failed
-    )
+    return Outcome(solution.y[1:] if whole else None, int(stats.nfe), int(stats.accepted), int(stats.rejected), stopped, failed)

@@ -32,11 +32,14 @@ COLUMNS = [
 ]
 
 
+Field = Callable[[Tensor, Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Task:
-    """A problem to be timed: `field()` builds f afresh (a Module), the state and times are given."""
+    """A problem to be timed: `field()` builds f afresh, a plain function where f is cheap; the rest is given."""
 
-    field: Callable[[], nn.Module]
+    field: Callable[[], Field]
     y0: Tensor
     times: Tensor
     tolerance: float
@@ -46,7 +49,7 @@ class Task:
 class Counted(nn.Module):
     """A field that counts its calls."""
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: Field) -> None:
         super().__init__()
         self.inner = inner
         self.calls = [0]
@@ -56,21 +59,28 @@ class Counted(nn.Module):
         return self.inner(t, y)
 
 
-class Lorenz(nn.Module):
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+def lorenz_field() -> Field:
+    def field(t: Tensor, y: Tensor) -> Tensor:
         first, second, third = y[..., 0], y[..., 1], y[..., 2]
         return torch.stack([10 * (second - first), first * (28 - third) - second, first * second - 8 / 3 * third], -1)
 
+    return field
 
-class Linear3(nn.Module):
-    matrix: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("matrix", torch.tensor([[0.0, 1, 0], [-1, 0, 0.1], [0, -0.1, 0]], dtype=torch.float64))
+def linear3_field() -> Field:
+    matrix = torch.tensor([[0.0, 1, 0], [-1, 0, 0.1], [0, -0.1, 0]], dtype=torch.float64)
+    return lambda t, y: torch.mv(matrix, y)
 
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
-        return torch.mv(self.matrix, y)
+
+def van_der_pol_field(count: int) -> Field:
+    """One oscillator a row, mu from 1 to 50."""
+    mu = torch.linspace(1, 50, count, dtype=torch.float64)
+
+    def field(t: Tensor, y: Tensor) -> Tensor:
+        place, speed = y[:, 0], y[:, 1]
+        return torch.stack([speed, mu * (1 - place * place) * speed - place], -1)
+
+    return field
 
 
 class Perceptron(nn.Module):
@@ -87,20 +97,6 @@ class Perceptron(nn.Module):
         return self.net(y)
 
 
-class VanDerPol(nn.Module):
-    """One oscillator a row, mu from 1 to 50."""
-
-    mu: Tensor
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.register_buffer("mu", torch.linspace(1, 50, count, dtype=torch.float64))
-
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
-        place, speed = y[:, 0], y[:, 1]
-        return torch.stack([speed, self.mu * (1 - place * place) * speed - place], -1)
-
-
 class Decay(nn.Module):
     """y' = -rate y with a rate for each component."""
 
@@ -114,12 +110,12 @@ class Decay(nn.Module):
 
 def lorenz(quick: bool) -> Task:
     y0 = torch.tensor([1.0, 0, 0], dtype=torch.float64)
-    return Task(Lorenz, y0, torch.tensor([0.0, 2.0 if quick else 10.0], dtype=torch.float64), 1e-8)
+    return Task(lorenz_field, y0, torch.tensor([0.0, 2.0 if quick else 10.0], dtype=torch.float64), 1e-8)
 
 
 def linear3(quick: bool) -> Task:
     y0 = torch.tensor([1.0, 0, 0], dtype=torch.float64)
-    return Task(Linear3, y0, torch.tensor([0.0, 20.0 if quick else 100.0], dtype=torch.float64), 1e-8)
+    return Task(linear3_field, y0, torch.tensor([0.0, 20.0 if quick else 100.0], dtype=torch.float64), 1e-8)
 
 
 def perceptron(batch: int, width: int, hidden: int, tolerance: float, quick: bool) -> Task:
@@ -142,7 +138,7 @@ def large_perceptron(quick: bool) -> Task:
 def van_der_pol(quick: bool) -> Task:
     count = 64 if quick else 1024
     y0 = torch.tensor([2.0, 0.0], dtype=torch.float64).repeat(count, 1)
-    return Task(partial(VanDerPol, count), y0, torch.tensor([0.0, 20.0], dtype=torch.float64), 1e-6, batched=True)
+    return Task(partial(van_der_pol_field, count), y0, torch.tensor([0.0, 20.0], dtype=torch.float64), 1e-6, batched=True)
 
 
 def many_outputs(quick: bool) -> Task:
@@ -150,10 +146,10 @@ def many_outputs(quick: bool) -> Task:
     return Task(partial(Decay, size), torch.ones(size), torch.linspace(0, 1, 200 if quick else 1600), 1e-5)
 
 
-Front = Callable[[nn.Module, Task], Tensor]
+Front = Callable[[Field, Task], Tensor]
 
 
-def by_solve(field: nn.Module, task: Task, **options: Any) -> Tensor:
+def by_solve(field: Field, task: Task, **options: Any) -> Tensor:
     """Our rich front door."""
     from solvers import solve
 
@@ -161,14 +157,14 @@ def by_solve(field: nn.Module, task: Task, **options: Any) -> Tensor:
     return solve(field, task.y0, task.times, method="dopri5", rtol=task.tolerance, atol=task.tolerance, **options).y
 
 
-def by_torchdiffeq(field: nn.Module, task: Task, adjoint: bool = False) -> Tensor:
+def by_torchdiffeq(field: Field, task: Task, adjoint: bool = False) -> Tensor:
     import torchdiffeq
 
     integrate = torchdiffeq.odeint_adjoint if adjoint else torchdiffeq.odeint
     return integrate(field, task.y0, task.times, method="dopri5", rtol=task.tolerance, atol=task.tolerance)
 
 
-def by_torchode(field: nn.Module, task: Task) -> Tensor:
+def by_torchode(field: Field, task: Task) -> Tensor:
     import torchode
 
     term = torchode.ODETerm(field)
@@ -223,14 +219,15 @@ ROWS = (
 )
 
 
-def loss_of(task: Task, field: nn.Module, front: Front) -> Tensor:
+def loss_of(task: Task, field: Field, front: Front) -> Tensor:
     """Mean square of the outputs, with gradients to the start and the parameters cleared."""
     task.y0.grad = None
-    field.zero_grad(set_to_none=True)
+    if isinstance(field, nn.Module):
+        field.zero_grad(set_to_none=True)
     return front(field, task).square().mean()
 
 
-def job(task: Task, what: str, front: Front, field: nn.Module) -> Callable[[], Any]:
+def job(task: Task, what: str, front: Front, field: Field) -> Callable[[], Any]:
     """What is timed; of a Prepared one the first half is not. It gives the outputs or the gradient to y0."""
     if what == "forward":
         return torch.no_grad()(partial(front, field, task))
@@ -321,9 +318,7 @@ def chosen_rows(settings: Settings) -> list[Row]:
         return list(ROWS)
     rows = [row for row in ROWS if any(row.theirs.startswith(name.split("-")[0]) for name in settings.peers)]
     if not rows:
-        raise BenchmarkError(
-            f"no row of speed is against {', '.join(settings.peers)}; its peers are torchdiffeq and torchode"
-        )
+        raise BenchmarkError(f"no row of speed is against {', '.join(settings.peers)}; its peers are torchdiffeq and torchode")
     return rows
 
 
@@ -365,6 +360,4 @@ def draw(result: Result, path: Path) -> None:
     save(drawn, path)
 
 
-BENCHMARKS.add(
-    "speed", Benchmark("speed", "time and memory against torchdiffeq and torchode", "3 min", "25 s", run, draw)
-)
+BENCHMARKS.add("speed", Benchmark("speed", "time and memory against torchdiffeq and torchode", "3 min", "25 s", run, draw))

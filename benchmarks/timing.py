@@ -82,10 +82,12 @@ def interleaved(
     enough: float = float("inf"),
     warm: bool = True,
     device: str = "cpu",
+    more: Callable[[], bool] = lambda: True,
 ) -> dict[str, Timing]:
     """Time every case in turn, `repeats` rounds: all of them see the same weather.
 
-    A case that has used `enough` seconds sits out the remaining rounds; `warm` runs each once, untimed, before.
+    A case that has used `enough` seconds sits out the remaining rounds, and all do once `more()` is false; `warm` runs
+    each once, untimed, before.
     """
     timings = {name: Timing() for name in cases}
     if warm:
@@ -94,7 +96,7 @@ def interleaved(
     for _ in range(repeats):
         for name, run in cases.items():
             timing = timings[name]
-            if timing.wall and sum(timing.wall) > enough:
+            if timing.wall and (sum(timing.wall) > enough or not more()):
                 continue
             _time_once(run, timing, device)
     return timings

@@ -446,37 +446,43 @@ def _remedy(plan: Plan, trajectory: Trajectory, status: Status, sample: int, sta
         else f"The solution may be singular here; else loosen rtol and atol or lower dt_min (now {plan.dt_min:g})"
     )
     ratio = _stiffness(plan, trajectory, sample, stats)
-    if ratio is not None and ratio > 1.0:
+    if ratio is not None and ratio > STIFF * plan.method.real_limit:
+        text += f"; the step size is limited by stability (dt times the spectral radius is {ratio:.2g})"
         stiff = next((name for name in METHODS if METHODS[name].implicit), None)
-        text += f"; the step size is limited by stability (dt times the spectral radius is {ratio:.2g}), try method={stiff!r}"
+        text += f", try method={stiff!r}" if stiff else ""
     return text
+
+
+STIFF = 0.6
+"""Share of the method's stability limit that a controller keeps to where stability, not accuracy, limits the step."""
 
 
 @torch.no_grad()
 def _stiffness(plan: Plan, trajectory: Trajectory, sample: int, stats: Stats, iterations: int = 12) -> float | None:
-    """|dt| rho(df/dy) of a sample where the solve ended, by the nonlinear power method; None if it cannot be told."""
-    if plan.method.implicit:
+    """|dt| rho(df/dy) of a sample where the solve ended, by the nonlinear power method; None if it cannot be told, or if the
+    mode found does not decay (of growing and swinging ones, accuracy asks for small steps)."""
+    if plan.method.implicit or not plan.controller.adaptive:
         return None
     field, layout = plan.field, plan.layout
     y = trajectory.y_last.detach()
     t = field.time(trajectory.t_last)
     try:
+        stats.nfe += 1
         base = field(t, y)
         direction = base + 1e-3 * torch.sin(torch.arange(y.numel(), device=y.device)).view_as(y).to(y.dtype)
-        growth = None
+        small = torch.finfo(layout.real_dtype).eps ** 0.5 * (layout.norm(y) + 1e-8)
         for _ in range(iterations):
-            size = layout.norm(direction)
-            small = torch.finfo(layout.real_dtype).eps ** 0.5 * (layout.norm(y) + 1e-8)
-            factor = small / layout.ops.maximum(size, 1e-30)
-            direction = (field(t, y + layout.spread(factor) * direction) - base) / layout.spread(small)
-            growth = layout.norm(direction)
-        stats.nfe += iterations + 1
+            stats.nfe += 1
+            probe = layout.spread(small / layout.ops.maximum(layout.norm(direction), 1e-30)) * direction
+            direction = (field(t, y + probe) - base) / layout.spread(small)
     except Exception:  # f failing here must not hide the failure that is being reported
         return None
-    rho = growth if layout.joint else float(growth[sample])  # type: ignore[index]
-    dt = trajectory.dt_last if layout.joint else float(trajectory.dt_last[sample])
-    value = abs(dt) * rho  # type: ignore[operator]
-    return value if math.isfinite(value) else None
+    along = layout.sum((probe.conj() * direction).real) * plan.clock.sign
+    lengths = layout.sum(direction.abs().square()) * layout.sum(probe.abs().square())
+    value, decays = abs(trajectory.dt_last) * layout.norm(direction), along < -0.5 * lengths.sqrt()
+    if not layout.joint:
+        value, decays = value[sample], decays[sample]
+    return float(value) if bool(decays) and math.isfinite(value) else None
 
 
 def _with_progress(observer: Any, clock: Any, layout: Layout) -> Callable[[Step], Any]:

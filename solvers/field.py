@@ -58,6 +58,13 @@ class Field:
             dy = self.func(t, layout.unflatten(y), *self.args)
         return layout.flatten(dy, "the value returned by f")
 
+    def shaped(self, t: Tensor, y: Tensor) -> Tensor:
+        """f on a state ``y`` in the user's shape (tensor states only)."""
+        dy = self.func(t, y, *self.args)
+        if type(dy) is Tensor and dy.shape == y.shape and dy.dtype == y.dtype and dy.device == y.device:
+            return dy
+        return self.layout.flatten(dy, "the value returned by f").view(y.shape)
+
     def into(self, t: Tensor, y: Tensor, out: Tensor) -> None:
         """Write f(t, y) into ``out``, which has the user's shape (tensor states only)."""
         layout = self.layout

@@ -135,7 +135,7 @@ class Layout:
         self.is_tensor = self.single and isinstance(example, Tensor)
         self.joint = batch_dim is None and batch_index is None
         self.ops = ScalarOps if self.joint else RowOps
-        self.rows = None if self.joint else _count_rows(leaves, batch_dim, batch_index)
+        self.rows = 1 if self.joint else _count_rows(leaves, batch_dim, batch_index)
         self.index, self.batch = _check_index(batch_index, self.rows, self.device)
         head = 0 if self.joint else 1
         self.sizes = [math.prod(shape[head:]) for shape in self.shapes]
@@ -153,9 +153,9 @@ class Layout:
 
         Raises ``ArgumentTypeError`` / ``ArgumentError`` naming ``what``.
         """
-        if self.trivial and isinstance(tree, Tensor) and tree.shape == self.shape and tree.dtype == self.dtype:
-            if tree.device == self.device:
-                return tree
+        known = self.trivial and isinstance(tree, Tensor)
+        if known and tree.shape == self.shape and tree.dtype == self.dtype and tree.device == self.device:
+            return tree
         if self.is_tensor:
             leaves = [tree]
             if not isinstance(tree, Tensor):
@@ -344,7 +344,7 @@ def _count_rows(leaves: list[Tensor], batch_dim: int | None, batch_index: Any) -
     return leaves[0].shape[0]
 
 
-def _check_index(index: Any, rows: int | None, device: torch.device) -> tuple[Tensor | None, int | None]:
+def _check_index(index: Any, rows: int, device: torch.device) -> tuple[Tensor | None, int]:
     if index is None:
         return None, rows
     found = index.dtype if isinstance(index, Tensor) else type(index).__name__

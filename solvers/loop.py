@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -154,14 +155,14 @@ def drive(plan: Plan, y0: Tensor, tape: Callable[[Record], None] | None = None) 
 
     ``tape`` is called with a :class:`Record` of every step in which something was accepted.
     """
-    run = (_JointRun if plan.layout.joint else _RowRun)(plan, y0, tape)
+    run: _Run = _JointRun(plan, y0, tape) if plan.layout.joint else _RowRun(plan, y0, tape)
     run.start()
     while run.running:
         run.attempt()
     return run.finish()
 
 
-class _Run:
+class _Run(ABC):
     def __init__(self, plan: Plan, y0: Tensor, tape: Callable[[Record], None] | None) -> None:
         self.plan, self.layout, self.ops = plan, plan.layout, plan.layout.ops
         self.clock: Any = plan.clock
@@ -261,11 +262,21 @@ class _Run:
         self.nfe += 1
         return self.plan.method.init(field, self.lo, self.dt, y, f0)
 
-    def counts(self) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def start(self) -> None:
+        """Everything before the first attempt."""
 
+    @abstractmethod
+    def settle(self, out: Any, decision: Any, error: Any, t1: Any, h: Any, hit: Any, step: Any, end: Any) -> None:
+        """Keep or drop a judged step. ``step`` and ``end`` are ``h`` and ``t1`` with the gradients they carry."""
+
+    @abstractmethod
     def give_up(self, status: Status) -> None:
-        raise NotImplementedError
+        """End every sample that still moves with ``status``."""
+
+    @abstractmethod
+    def finish(self) -> Trajectory:
+        """Put together what was found."""
 
 
 class _JointRun(_Run):
@@ -379,15 +390,18 @@ class _RowRun(_Run):
         zero = torch.zeros(layout.batch, dtype=torch.int64, device=layout.device)
         self.accepted, self.inner, self.forced = zero, zero.clone(), zero.clone()
         self.ended = zero.clone()
+        self.extra = zero.clone()
         self.history: list[int] = []
         self.active = ~alone
         self.moving = self.active.to(self.t.dtype)
         self._codes = {code: torch.tensor(int(code), dtype=torch.int8, device=layout.device) for code in Status}
         self.dt = self.dt_last = torch.zeros_like(clock.start)
+        self.first_nfe = 0
         self._recount()
         if self.running:
             self.begin()
             self.dt_last, self.first_nfe = self.dt, self.nfe
+            self.steady = self.nfe
             undefined = self.active & ~self.defined
             if bool(undefined.any()):
                 self._end(undefined, Status.NON_FINITE)
@@ -432,14 +446,13 @@ class _RowRun(_Run):
             self.inner = self.inner + out.inner * self.active
         self.controls = decision.state
         self.accepted.add_(accept)
-        self._keep(out, decision, accept, t1, h, hit, step, end, flags, count, jumping)
+        self._keep(out, decision, accept, t1, h, hit, step, end, flags, (count, inside), jumping)
         if flags.bad:
             self._end(bad, _causes(out.status, error, self.status))
         if flags.done:
             self._end(done, Status.SUCCESS)
         if flags.bad or flags.done:
             self.running = flags.running
-        self.history.append(self.nfe)
         if plan.controller.adaptive:
             if flags.done or flags.bad:
                 # The last clip says nothing about the error: the step wanted before it is what to go on with.
@@ -473,10 +486,18 @@ class _RowRun(_Run):
         self.nfe += out.work
         return out, still
 
-    def _keep(self, out, decision, accept, t1, h, hit, step, end, flags, count, jumping) -> None:
+    def _keep(self, out, decision, accept, t1, h, hit, step, end, flags, pending, jumping) -> None:
         plan, clock, layout = self.plan, self.clock, self.layout
+        count, inside = pending
         lo, before, state, following = self.lo, self.y, self.state, clock.next
+        before_extra = self.nfe
         dense, interpolate = self.interpolator(out, flags.inner > 0)
+        if self.nfe > before_extra:
+            # Only samples with an output in this step needed those: a sample's count must not depend on its batch.
+            needing = self.active if inside is None or plan.dense else inside > 0
+            self.extra = self.extra + (self.nfe - before_extra) * needing
+        self.steady += out.work
+        self.history.append(self.steady)
         if plan.dense:
             self.pieces.append(Piece(self.t, t1, plan.method.snapshot(dense), accept))
         if self.tape is not None:
@@ -506,6 +527,7 @@ class _RowRun(_Run):
         if flags.jumps and flags.running:
             some = torch.stack([jumping[number] for number in flags.jumps]).any(0)
             self.state = layout.merge(some, self.restarted(self.y), self.state)
+            self.extra = self.extra + some
 
     def _next_dt(self, dt: Tensor, clipped: Tensor | None) -> Tensor:
         plan = self.plan
@@ -537,8 +559,7 @@ class _RowRun(_Run):
         broken = success & ~self.layout.finite(self.y.detach())
         self.status = torch.where(broken, int(Status.NON_FINITE), self.status).to(torch.int8)
         t, values = self.saver.finish(self.t, self.y, success)
-        first = self.nfe if not self.history else self.first_nfe
-        nfe = torch.tensor([first, *self.history], device=self.t.device)[self.ended]
+        nfe = torch.tensor([self.first_nfe, *self.history], device=self.t.device)[self.ended] + self.extra
         counts = {
             "nfe": self.nfe,
             "nfe_per_sample": nfe,

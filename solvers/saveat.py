@@ -118,7 +118,7 @@ class RowSaver:
         self.last = (clock.counts - 1).clamp(min=0)
         self.done = torch.ones_like(clock.counts)
         self.total = clock.source.shape[1] if save.kind == "t" else 1
-        self.interior = save.kind == "t" and self.total > 2 or (self.total == 2 and bool((clock.counts == 1).any()))
+        self.interior = (save.kind == "t" and self.total > 2) or (self.total == 2 and bool((clock.counts == 1).any()))
         self.lanes = torch.arange(layout.rows, device=layout.device)
         self.buffers: list[Tensor] | None = None
         self.pieces: list[tuple[Tensor, Tensor, list[Tensor]]] = []

@@ -32,9 +32,10 @@ SIDEWAYS = {("nn", "api"): "a solve as a module is a call of solve"}
 
 # In these folders a file knows its base and the modules named here; its siblings only by name through the registry.
 SHARED_IN_FOLDER: dict[str, set[str]] = {
-    "solvers.methods": {"base", "tableau", "tableaus", "stages"},
+    "solvers.methods": {"base", "tableau", "tableaus", "stages", "adams_weights"},
     "solvers.control": {"base"},
-    "solvers.optim": {"base", "linesearch", "implicit"},
+    "solvers.optim": {"base", "linesearch", "implicit", "curvature"},
+    "solvers.adjoint": {"base", "capture", "whole"},
     "graphops.backends": {"base"},
 }
 

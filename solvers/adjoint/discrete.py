@@ -354,16 +354,15 @@ class _Replay:
             state = self._fresh(state)[0]
         stored = state is not None
         for number in range(start, end):
-            if self.skip(number):
-                continue
             record = self.records[number]
             # As the forward pass did: past steps are tensors only where they are part of a state.
             lo = self._node(record) if stored and self.graph else record.t
             if state is None:
                 state, calls = self.restarted(record, lo, y)
                 self.stats.nfe += calls
-            y, state, work = self.again(record, lo, y, state, stored and self.graph)
-            self.stats.nfe += work
+            if not self.skip(number):
+                y, state, work = self.again(record, lo, y, state, stored and self.graph)
+                self.stats.nfe += work
             if stored and self.orders[number + 1] is not None:
                 state = state._replace(order=self.orders[number + 1])
         return Point(y, state if stored else None)
@@ -504,7 +503,7 @@ class _RowReplay(_Replay):
     def outputs(self, number, segment):
         record = self.records[number]
         if self.plan.save.kind == "steps":
-            self.taken = self.taken - record.accept
+            self.taken = self.taken - record.accept.long()
             return (segment.y.unsqueeze(0),), (self._gather(self.taken.unsqueeze(0), record.accept.unsqueeze(0)),)
         done, count, most, inner = record.outputs
         if not most:

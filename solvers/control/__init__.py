@@ -1,8 +1,8 @@
 """Step-size control, and the times that steps must end at."""
 
-from . import fixed, pid  # noqa: F401  (registration)
+from . import fixed, order, pid  # (registration)
 from .base import CONTROLLERS, Controller, Decision
-from .clip import Jump, JointClock, RowClock
+from .clip import JointClock, Jump, RowClock
 from .initial import initial_step
 
 __all__ = ["CONTROLLERS", "Controller", "Decision", "JointClock", "Jump", "RowClock", "initial_step"]

@@ -10,23 +10,28 @@ from .base import CONTROLLERS, Controller, Decision
 
 SMALLEST_RATIO = 1e-30
 """An error of exactly 0 must not become an infinite factor."""
+GRAINS = 64.0
+"""Factors are rounded down to multiples of 1 / GRAINS: the last bits of a norm, amplified by high differences from step to
+step, would otherwise make every machine and batch mode take different steps."""
+REPEATED = 0.7
+"""Largest dt_next / dt after a rejection, whose estimate is of a step that was too long."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OrderController(Controller):
     """The order, out of k - 1, k, k + 1, that allows the longest next step.
 
-    The error of order q behaves like dt^(q + 1), so order q allows dt ``safety`` r_q^(-1/(q+1)) with r_q its error in units
-    of the tolerance. Lower if that is longer than at order k; higher if it is longer and the error smaller (Hairer,
-    Nørsett & Wanner I, III.7; Shampine & Gordon 1975). As long as all history is in use, which is so after a start, the
-    order rises with every step unless a lower one is better.
+    The error of order q behaves like dt^(q + 1), so with r_q its error in units of the tolerance order q allows the factor
+    safety r_q^(-1/(q+1)). k - 1 is taken where its factor is larger than that of k; else, after an accepted step, k + 1
+    where its factor is larger and its error smaller (Hairer, Nørsett & Wanner I, III.7, with the limits below applied
+    first: errors far below the tolerance, at a start often mere rounding, do not choose the order).
 
-    Reads ``order``, ``count`` (past points known) and ``highest`` (largest order) of the method's state.
+    Reads ``order`` of the method's state.
 
     Args:
         safety: in (0, 1].
-        factor_min, factor_max: limits on dt_next / dt, 0 < factor_min < 1 < factor_max. Adams formulas lose their
-            stability where steps grow by much more than 2.
+        factor_min, factor_max: limits on dt_next / dt, 0 < factor_min < 1 < factor_max. Multistep formulas lose their
+            stability where steps go on growing by much more than 2.
     """
 
     safety: float = 0.8
@@ -47,19 +52,16 @@ class OrderController(Controller):
         accept = own <= 1.0
         shorter, same, longer = (self._factor(ops, r, q + 1) for r, q in ((below, k - 1), (own, k), (above, k + 1)))
         lower = shorter > same
-        better = (longer > same) & (above < own)
-        climbing = (k > method_state.count) & (k < method_state.highest)
-        higher = accept & (better | climbing) & ops.invert(lower)
+        higher = accept & (longer > same) & (above < own) & ops.invert(lower)
         order = ops.where(lower, k - 1, ops.where(higher, k + 1, k))
-        factor = ops.where(lower, shorter, ops.where(higher & better, longer, same))
-        factor = ops.clip(factor, self.factor_min, self.factor_max)
-        # After a rejection the estimate is of a step that was too long: be on the safe side.
-        return Decision(accept, ops.where(accept, factor, ops.minimum(factor, 0.7)), state, order)
+        factor = ops.where(lower, shorter, ops.where(higher, longer, same))
+        return Decision(accept, ops.where(accept, factor, ops.minimum(factor, REPEATED)), state, order)
 
     def _factor(self, ops: Any, ratio: Any, exponent: Any) -> Any:
         ratio = ops.maximum(ops.where(ops.isfinite(ratio), ratio, 1e30), SMALLEST_RATIO)
         # An exponent of whole numbers would be divided in torch's default dtype.
-        return self.safety * ratio ** (-1.0 / (exponent + 0.0 * ratio))
+        factor = self.safety * ratio ** (-1.0 / (exponent + 0.0 * ratio))
+        return ops.clip(factor * GRAINS // 1.0 / GRAINS, self.factor_min, self.factor_max)
 
 
 CONTROLLERS.register("order", OrderController())

@@ -1,6 +1,6 @@
 """Integration methods: pure steps, registered by name in :data:`METHODS`."""
 
-from . import rk  # noqa: F401  (registration)
+from . import adams, proximal, rk  # (registration)
 from .base import METHODS, Method, StepOut
 
 __all__ = ["METHODS", "Method", "StepOut"]

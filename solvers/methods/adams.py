@@ -1,7 +1,7 @@
 """Adams methods on the grid as it is: of fixed order with constant or given steps, and of variable step and order.
 
-No formula here assumes equal steps: coefficients come from the past nodes (``adams_weights``), so clipped last steps, forced
-nodes and grids given by the user keep the order.
+No formula here assumes equal steps. Coefficients come from the past nodes (``adams_weights``), so that clipped last steps,
+forced nodes and grids given by the user keep the order.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ..layout import transforms_active
 from ..status import ArgumentError, Status
 from .adams_weights import (
     basis,
@@ -25,79 +26,95 @@ from .adams_weights import (
     explicit_weights,
     implicit_weights,
     integrals,
-    weigh,
 )
 from .base import METHODS, Method, StepOut
 from .tableau import Tableau
 
 HIGHEST_ORDER = 12
+"""Formulas of higher order gain nothing in double precision (Shampine & Gordon 1975)."""
 
 MOST_CORRECTIONS = 50
-"""Corrections after which an iterated corrector without a limit of its own is given up."""
+"""Corrections after which an iteration without a limit of its own is given up."""
 
 
 class Workspace:
-    """f at the last point where it was asked for: a rejected step and the start of a solve need not ask again.
+    """f at the last point where it was asked for: rejected steps and the start of a solve need not ask again.
 
-    Results do not depend on it. Valid only for the very same tensor y, in the same autograd mode.
+    Results do not depend on it: it is good for the very same tensor y, in the same autograd mode, only.
     """
 
     __slots__ = ("f", "grad", "y")
 
     def __init__(self, y: Tensor, f: Tensor | None) -> None:
-        self.y = None if f is None else y
-        self._store(f)
+        self.y: Tensor | None = None
+        self.f: Any = None
+        self.grad = False
+        if f is not None:
+            self._keep(y, f)
 
-    def _store(self, f: Any) -> None:
-        self.grad = torch.is_grad_enabled()
+    def _keep(self, y: Tensor, f: Tensor) -> None:
+        self.y, self.grad = y, torch.is_grad_enabled()
         # f may answer in the same memory every time, and a history must outlive that.
-        self.f = f if f is None or self.grad else f.clone()
+        self.f = f if self.grad else f.clone()
 
     def slope(self, field: Any, t: Any, y: Tensor) -> tuple[Tensor, int]:
         """f(t, y), and the calls of f that took."""
         if self.y is y and self.grad == torch.is_grad_enabled():
             return self.f, 0
-        self._store(field(field.time(t), y))
-        self.y = y
+        self._keep(y, field(field.time(t), y))
         return self.f, 1
 
 
-class AdamsState(NamedTuple):
-    """History, newest first.
+class FixedState(NamedTuple):
+    """History of a method of fixed order, newest first.
 
-    slopes: f at t_{n-1}, t_{n-2}, .. (fixed order), or Phi*_0, Phi*_1, .. of the step before (variable order). steps:
-    t_n - t_{n-1}, t_{n-1} - t_{n-2}, ... count: how many of them there are, int or ``(B,)``; in the batched modes all
-    tuples have their full length from the start, with harmless numbers behind the first ``count``. order: of the next
-    step (int or ``(B,)``), with ``highest`` the largest allowed. settled: nobody lacks history any more.
+    slopes: f at t_{n-1}, t_{n-2}, ... steps: t_n - t_{n-1}, t_{n-1} - t_{n-2}, ... count: how many of them there are, int or
+    ``(B,)``; in the batched modes both tuples have their full length from the start, with harmless numbers behind the first
+    ``count``. settled: nobody lacks history any more.
     """
 
     slopes: tuple[Tensor, ...]
     steps: tuple[Any, ...]
     count: Any
     work: Workspace
-    order: Any = None
-    highest: int = HIGHEST_ORDER
     settled: bool = False
 
 
-class AdamsError(NamedTuple):
-    """Errors of the formulas of orders k - 1, k, k + 1: ``factors`` times ``differences``, in units of y.
+class VariableState(NamedTuple):
+    """History of the method of variable order; ``steps`` and ``count`` as above.
 
-    dt (g_j - g_{j-1}) Phi_j for j = k - 1, k, k + 1 (HNW III.7). What needs more history than there is, is None (joint) or
-    false in ``exists``.
+    foreseen: 0, and then what the polynomials of degree 0, 1, .. through f at t_{n-1}, t_{n-2}, .. give at t_n. order: of
+    the next step, int or ``(B,)``; highest: the largest allowed.
     """
 
-    differences: tuple[Any, Any, Any]
-    factors: list[Any]
-    exists: Any = None
+    foreseen: tuple[Tensor, ...]
+    steps: tuple[Any, ...]
+    count: Any
+    order: Any
+    highest: int
+    work: Workspace
+
+
+class VariableError(NamedTuple):
+    """Errors of the formulas of orders k - 1, k, k + 1: dt (g_j - g_{j-1}) Phi_j for j = k - 1, k, k + 1 (HNW III.7).
+
+    differences: Phi_j, ``(3, *layout.shape)``, in joint mode without those that need more history than there is. exists:
+    which orders do, bool or ``(B,)`` each.
+    """
+
+    differences: Tensor
+    exists: tuple[Any, Any, Any]
+    dt: Any
+    g: Any
+    order: Any
 
 
 class AdamsDense(NamedTuple):
     """y(t_n + theta dt) = y0 + dt sum_i values_i w_i(theta).
 
-    kind: "explicit" or "implicit": values are f's, the last one (implicit) that at the new point; "divided": values are
-    Phi*_0 .., and last Phi_k with the prediction's f. nodes: how many past values the polynomial takes, int or ``(B,)``.
-    start: the dense data of a start step (None without one), for the samples in ``starting``.
+    kind: "explicit" or "implicit": values are f's, the last one (implicit) that at the new point; "divided": Phi*_0, Phi*_1,
+    .. in one tensor, and Phi_k with the prediction's f. nodes: how many past values the polynomial takes, int or ``(B,)``.
+    start: dense data of a start step for the samples in ``starting``; None without one.
     """
 
     layout: Any
@@ -111,23 +128,6 @@ class AdamsDense(NamedTuple):
     starting: Any = False
 
 
-def _first_state(
-    field: Any, dt: Any, y0: Tensor, f0: Tensor | None, depth: int, order: int | None = None, highest: int = HIGHEST_ORDER
-) -> AdamsState:
-    work = Workspace(y0, f0)
-    if field.layout.joint:
-        return AdamsState((), (), 0, work, order, highest)
-    nothing, step = torch.zeros_like(y0), torch.where(dt.detach() < 0, -1.0, 1.0).to(torch.float64)
-    count = torch.zeros_like(dt, dtype=torch.int64)
-    orders = None if order is None else torch.full_like(count, order)
-    return AdamsState((nothing,) * depth, (step,) * depth, count, work, orders, highest)
-
-
-def _coefficients(layout: Any, values: Any) -> Any:
-    """A list of floats as it is; ``(K,)`` or ``(K, B)`` as K tensors broadcastable to the state."""
-    return layout.spread(values).unbind(0) if isinstance(values, Tensor) else values
-
-
 def _add(y: Tensor, coefficient: Any, x: Tensor) -> Tensor:
     if isinstance(coefficient, Tensor):
         return torch.addcmul(y, coefficient, x)
@@ -135,10 +135,25 @@ def _add(y: Tensor, coefficient: Any, x: Tensor) -> Tensor:
 
 
 def _combine(layout: Any, y: Tensor, weights: Any, tensors: tuple[Tensor, ...]) -> Tensor:
-    """y + sum_i weights_i tensors_i, in one order of additions."""
-    for weight, tensor in zip(_coefficients(layout, weights), tensors):
-        y = _add(y, weight, tensor)
-    return y
+    """y + sum_i weights_i tensors_i in one order of additions. ``weights``: floats, or ``(K, ...)`` per sample."""
+    if isinstance(weights, Tensor):
+        weights = layout.spread(weights).unbind(0)
+    out_of_place = torch.is_grad_enabled() or transforms_active()
+    result = y
+    for weight, tensor in zip(weights, tensors):
+        if out_of_place or result is y:
+            result = _add(result, weight, tensor)
+        elif isinstance(weight, Tensor):
+            result.addcmul_(weight, tensor)
+        else:
+            result.add_(tensor, alpha=weight)
+    return result
+
+
+def _no_history(dt: Tensor, depth: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Harmless steps, and the count 0, for samples that start (batched modes)."""
+    step = torch.where(dt.detach() < 0, -1.0, 1.0).to(torch.float64)
+    return (step,) * depth, torch.zeros_like(dt, dtype=torch.int64)
 
 
 # -- fixed order ------------------------------------------------------------------------------------------------------
@@ -147,11 +162,12 @@ def _combine(layout: Any, y: Tensor, weights: Any, tensors: tuple[Tensor, ...]) 
 def extrapolated_midpoint(order: int) -> Tableau:
     """The explicit Runge-Kutta method of even ``order`` that extrapolates Gragg's midpoint rule.
 
-    n = 2, 4, .., ``order`` substeps; the result of each has an expansion in 1/n^2, of which ``order / 2`` results remove as
-    many terms (HNW II.9, without the smoothing step: for even n it is not needed for the order).
+    The midpoint rule with n = 2, 4, .., ``order`` substeps has an error in even powers of 1/n, and ``order / 2`` results
+    remove as many of them (HNW II.9, sequence 9.6 doubled; without the smoothing step, which the order does not need).
     """
     sequence = range(2, order + 1, 2)
-    c, a = [0.0], [()]
+    c: list[float] = [0.0]
+    a: list[tuple[float, ...]] = [()]
     b: dict[int, float] = {}
     for n in sequence:
         share = math.prod(n * n / (n * n - m * m) for m in sequence if m != n)
@@ -160,7 +176,7 @@ def extrapolated_midpoint(order: int) -> Tableau:
         for i in range(1, n):
             stage = len(c)
             c.append(i / n)
-            a.append(tuple(here.get(j, 0.0) for j in range(stage)))  # type: ignore[arg-type]
+            a.append(tuple(here.get(j, 0.0) for j in range(stage)))
             before, here = here, {**before, stage: 2.0 / n}
         for stage, weight in here.items():
             b[stage] = b.get(stage, 0.0) + share * weight
@@ -170,21 +186,21 @@ def extrapolated_midpoint(order: int) -> Tableau:
 
 @cache
 def start_method(order: int) -> Method:
-    """The Runge-Kutta method of at least ``order`` that makes the first ``order - 1`` steps."""
-    for least, name in ((4, "rk4_classic"), (5, "dopri5"), (8, "dop853")):
-        if order <= least:
+    """The Runge-Kutta method of at least ``order`` that takes the first ``order - 1`` steps."""
+    for most, name in ((4, "rk4_classic"), (5, "dopri5"), (8, "dop853")):
+        if order <= most:
             return METHODS[name]
-    any_tableau: Any = METHODS["rk4_classic"]
-    return dataclasses.replace(any_tableau, tableau=extrapolated_midpoint(order + order % 2))
+    some: Any = METHODS["rk4_classic"]
+    return dataclasses.replace(some, tableau=extrapolated_midpoint(order + order % 2))
 
 
 @dataclass(frozen=True)
-class _FixedOrder(Method):
-    """What both families share: the history, and a start that keeps the order.
+class FixedAdams(Method):
+    """What the methods of fixed order share: the history, and a start that keeps the order.
 
     The first ``order - 1`` steps are those of a Runge-Kutta method: ``rk4_classic`` through order 4, ``dopri5`` at 5,
-    ``dop853`` through 8, and the extrapolated midpoint rule of order 10 or 12 above. In the batched modes samples start
-    when they must; a sample that needs no start is not touched by it.
+    ``dop853`` through 8, and the extrapolated midpoint rule of order 10 or 12 above. In the batched modes each sample starts
+    when it must, and one that does not start is not touched by others' starts.
     """
 
     _: KW_ONLY
@@ -194,17 +210,19 @@ class _FixedOrder(Method):
     error_order: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.order, int) or not 1 <= self.order <= HIGHEST_ORDER:
-            raise ArgumentError(f"order of {self.name!r} must be an integer from 1 to {HIGHEST_ORDER}, found {self.order!r}")
+        _check_order("order", self.order)
 
-    def init(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor | None) -> AdamsState:
-        return _first_state(field, dt, y0, f0, self.order - 1)
+    def init(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor | None) -> FixedState:
+        work, depth = Workspace(y0, f0), self.order - 1
+        if field.layout.joint:
+            return FixedState((), (), 0, work)
+        return FixedState((torch.zeros_like(y0),) * depth, *_no_history(dt, depth), work)
 
     def formula(self, field: Any, t0: Any, dt: Any, y0: Tensor, past: Any, steps: Any, active: Any) -> StepOut:
-        """One step where the history is complete; ``past``: f at t_n, t_{n-1}, ... ``state`` of the result is not used."""
+        """One step where the history is complete, without the next state. ``past``: f at t_n, t_{n-1}, ..."""
         raise NotImplementedError
 
-    def step(self, field: Any, t0: Any, dt: Any, y0: Tensor, state: AdamsState, active: Any) -> StepOut:
+    def step(self, field: Any, t0: Any, dt: Any, y0: Tensor, state: FixedState, active: Any) -> StepOut:
         slope, calls = state.work.slope(field, t0, y0)
         past = (slope, *state.slopes)
         starting, settled = self._starting(state, active)
@@ -212,12 +230,15 @@ class _FixedOrder(Method):
             out = self.formula(field, t0, dt, y0, past, state.steps, active)
         else:
             out = self._start(field, t0, dt, y0, past, state.steps, active, starting)
-        return out._replace(state=self._following(state, past, dt, settled), work=out.work + calls)
+        depth = self.order - 1
+        count = min(state.count + 1, depth) if isinstance(state.count, int) else (state.count + 1).clamp(max=depth)
+        following = FixedState(past[:depth], (dt, *state.steps)[:depth], count, state.work, settled)
+        return out._replace(state=following, work=out.work + calls)
 
-    def _starting(self, state: AdamsState, active: Any) -> tuple[Any, bool]:
+    def _starting(self, state: FixedState, active: Any) -> tuple[Any, bool]:
         """Who lacks history (True, False or a mask), and whether nobody ever will again. Reads only while some may."""
         needed = self.order - 1
-        if not isinstance(state.count, Tensor):
+        if isinstance(state.count, int):
             return state.count < needed, False
         if state.settled or needed == 0:
             return False, True
@@ -226,6 +247,7 @@ class _FixedOrder(Method):
         return (starting if others else True) if some else False, not some
 
     def _start(self, field, t0, dt, y0, past, steps, active, starting) -> StepOut:
+        """A Runge-Kutta step for the samples in ``starting``, which others stand still for, and the formula for those."""
         method, layout = start_method(self.order), field.layout
         h = dt if starting is True else torch.where(starting, dt, 0.0)
         first = method.step(field, t0, h, y0, method.init(field, t0, h, y0, past[0]), active)
@@ -234,16 +256,8 @@ class _FixedOrder(Method):
             return StepOut(first.y1, None, dense, None, first.work)
         out = self.formula(field, t0, dt, y0, past, steps, active & ~starting)
         y1 = torch.where(layout.spread(starting), first.y1, out.y1)
-        return out._replace(
-            y1=y1, dense=out.dense._replace(start=first.dense, starting=starting), work=out.work + first.work
-        )
-
-    def _following(self, state: AdamsState, past: tuple[Tensor, ...], dt: Any, settled: bool) -> AdamsState:
-        depth = self.order - 1
-        count = min(state.count + 1, depth) if isinstance(state.count, int) else (state.count + 1).clamp(max=depth)
-        return state._replace(
-            slopes=past[:depth], steps=(dt, *state.steps)[:depth], count=count, settled=settled
-        )
+        dense = out.dense._replace(start=first.dense, starting=starting)
+        return out._replace(y1=y1, dense=dense, work=out.work + first.work)
 
     def prepare(self, field: Any, dense: AdamsDense) -> tuple[AdamsDense, int]:
         if dense.start is None:
@@ -252,10 +266,10 @@ class _FixedOrder(Method):
         return dense._replace(start=start), calls
 
     def snapshot(self, dense: AdamsDense) -> AdamsDense:
-        dense = _snapshot(dense)
-        if dense.start is None:
-            return dense
-        return dense._replace(start=start_method(self.order).snapshot(dense.start))
+        if dense.kind == "implicit" and not torch.is_grad_enabled():
+            # The last value is f's own answer, which may lie in memory that f uses again.
+            dense = dense._replace(values=(*dense.values[:-1], dense.values[-1].clone()))
+        return dense if dense.start is None else dense._replace(start=start_method(self.order).snapshot(dense.start))
 
     def interpolate(self, dense: AdamsDense, theta: Tensor, derivative: int = 0) -> Tensor:
         if dense.start is None:
@@ -267,10 +281,10 @@ class _FixedOrder(Method):
 
 
 @dataclass(frozen=True)
-class ExplicitAdams(_FixedOrder):
-    """y1 = y0 + integral over the step of the polynomial through the last ``order`` values of f (Adams-Bashforth).
+class ExplicitAdams(FixedAdams):
+    """y1 = y0 + the integral over the step of the polynomial through the last ``order`` values of f (Adams-Bashforth).
 
-    One evaluation a step. HNW III.1 (1.5) for equal steps, III.5 for any.
+    One evaluation a step. HNW III.1 for equal steps, III.5 for any.
 
     Args:
         order: 1 to 12.
@@ -285,19 +299,19 @@ class ExplicitAdams(_FixedOrder):
 
 
 @dataclass(frozen=True)
-class ImplicitAdams(_FixedOrder):
+class ImplicitAdams(FixedAdams):
     """Adams-Moulton of ``order`` as P(EC)^m E: prediction by Adams-Bashforth of the same order, m corrections.
 
-    HNW III.1 for equal steps, III.5 for any. The predictor is of the corrector's order, as in the classical pairs and in
-    GRAND's AM4 (Chamberlain et al. 2021, eq. 9), not of one less as in HNW III.1: so the error is the corrector's own (at
-    order 4 the stability limit on the real axis is then 1.28). The last evaluation is the first of the next step, so PECE
-    costs two evaluations a step.
+    HNW III.1 for equal steps, III.5 for any. The predictor has the corrector's order, as in the classical pairs and in
+    GRAND's AM4 (Chamberlain et al. 2021, eq. 9), not one less as in HNW III.1, so that already one correction has the
+    corrector's own error; at order 4 the stability limit on the real axis is then 1.28 instead of 1.93. The last evaluation
+    is the first of the next step, so that PECE costs two evaluations a step.
 
     Args:
         order: 1 to 12.
         max_corrections: m; None: 1, or 50 with ``corrector_tol``.
-        corrector_tol: stop correcting when the change is at most this in the error norm (units of the tolerance); a step in
-            which that takes more than ``max_corrections`` fails with ``INNER_NOT_CONVERGED``. None: correct m times.
+        corrector_tol: stop correcting when the change is at most this in the error norm (units of the tolerance); a step
+            in which that takes more than ``max_corrections`` fails with ``INNER_NOT_CONVERGED``. None: correct m times.
     """
 
     _: KW_ONLY
@@ -309,102 +323,63 @@ class ImplicitAdams(_FixedOrder):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_corrections is not None and not (isinstance(self.max_corrections, int) and self.max_corrections >= 1):
-            raise ArgumentError(f"max_corrections must be an integer >= 1, found {self.max_corrections!r}")
-        if self.corrector_tol is not None and not self.corrector_tol > 0:
-            raise ArgumentError(f"corrector_tol must be positive, found {self.corrector_tol!r}")
+        m, tol = self.max_corrections, self.corrector_tol
+        if m is not None and (not isinstance(m, int) or isinstance(m, bool) or m < 1):
+            raise ArgumentError(f"max_corrections must be None or an integer >= 1, found {m!r}")
+        if tol is not None and not (isinstance(tol, (int, float)) and tol > 0):
+            raise ArgumentError(f"corrector_tol must be None or a positive number, found {tol!r}")
 
     def formula(self, field: Any, t0: Any, dt: Any, y0: Tensor, past: Any, steps: Any, active: Any) -> StepOut:
         layout, nodes = field.layout, self.order - 1
-        guess = _combine(layout, y0, explicit_weights(dt, steps), past)
+        y = _combine(layout, y0, explicit_weights(dt, steps), past)
+        base, own = y0, dt
         if nodes:
             weights, own = implicit_weights(dt, steps[: nodes - 1])
             base = _combine(layout, y0, weights, past)
-        else:
-            base, own = y0, dt
-        (t1,) = field.times(t0, dt, (1.0,))
-        own = layout.spread(own)
+        t1, own = field.time(t0 + dt), layout.spread(own)
         if self.corrector_tol is None:
-            y1, slope, calls, status = guess, None, self.max_corrections or 1, None
+            calls, status = self.max_corrections or 1, None
             for _ in range(calls):
-                slope = field(t1, y1)
-                y1 = _add(base, own, slope)
+                slope = field(t1, y)
+                y = _add(base, own, slope)
         else:
-            y1, slope, calls, status = self._iterate(field, t1, guess, base, own, active)
-        values = (*past[:nodes], slope)
-        dense = AdamsDense(layout, dt, y0, steps[: max(nodes - 1, 0)], values, "implicit", nodes)
-        return StepOut(y1, None, dense, None, calls, status)
+            y, slope, calls, status = self._iterate(field, t1, y, base, own, active)
+        dense = AdamsDense(layout, dt, y0, steps[: max(nodes - 1, 0)], (*past[:nodes], slope), "implicit", nodes)
+        return StepOut(y, None, dense, None, calls, status)
 
-    def _iterate(self, field, t1, y, base, own, active) -> tuple[Tensor, Any, int, Any]:
-        """Corrections until the change is small, each sample for itself: (y, f that it came from, calls of f, status)."""
-        layout, ops, most = field.layout, field.layout.ops, self.max_corrections or MOST_CORRECTIONS
+    def _iterate(self, field, t1, y, base, own, active) -> tuple[Tensor, Tensor, int, Any]:
+        """Corrections until the change is small, each sample for itself: (y, the f that it came from, calls of f, status)."""
+        layout, ops = field.layout, field.layout.ops
         with torch.no_grad():
             scale = field.norm.scale(y)
-        slope, moving, sound = None, active, None
-        for calls in range(1, most + 1):
+        slope: Any = None
+        moving, failed = active, False
+        for calls in range(1, (self.max_corrections or MOST_CORRECTIONS) + 1):
             f = field(t1, y)
             following = _add(base, own, f)
-            if layout.joint or slope is None:
+            if slope is None or layout.joint:
                 slope = f
             else:
                 wide = layout.spread(moving)
                 slope, following = torch.where(wide, f, slope), torch.where(wide, following, y)
             with torch.no_grad():
                 change = field.norm(following - y, scale)
-                # A first change that is not finite means that f is not: that is no failure of the iteration.
-                sound = ops.isfinite(change) if sound is None else sound
-            moving = moving & ops.invert(change <= self.corrector_tol) & sound
             y = following
+            finite = ops.isfinite(change)
+            # A first change that is not finite says that f is not: that is for the loop to find.
+            failed = failed | (moving & ops.invert(finite)) if calls > 1 else finite & False
+            moving = moving & finite & ops.invert(change <= self.corrector_tol)
             if not (moving if layout.joint else bool(moving.any())):
                 break
+        failed = failed | moving
         if layout.joint:
-            return y, slope, calls, Status.INNER_NOT_CONVERGED if moving else None
-        return y, slope, calls, torch.where(moving, int(Status.INNER_NOT_CONVERGED), 0).to(torch.int8)
+            return y, slope, calls, Status.INNER_NOT_CONVERGED if failed else None
+        return y, slope, calls, torch.where(failed, int(Status.INNER_NOT_CONVERGED), 0).to(torch.int8)
 
 
-# -- dense output -----------------------------------------------------------------------------------------------------
-
-
-def _snapshot(dense: AdamsDense) -> AdamsDense:
-    if dense.kind == "explicit" or torch.is_grad_enabled():
-        return dense
-    # The last value is f's own answer, which may lie in memory that f uses again.
-    return dense._replace(values=(*dense.values[:-1], dense.values[-1].clone()))
-
-
-def _rows(dense: AdamsDense, s: Tensor) -> Tensor:
-    """w_i' of each of the values, in powers of u: ``(values, powers, ...)``."""
-    N = basis(s)
-    number = torch.arange(len(N), device=s.device).reshape((-1,) + (1,) * s.dim())
-    taken = N * (number < dense.nodes)
-    if dense.kind == "explicit":
-        rows = (differences(s).unsqueeze(2) * taken[:-1]).cumsum(1)[:, -1]
-        return rows
-    last = torch.where(number == dense.nodes, N, 0.0).cumsum(0)[-1:]
-    if dense.kind == "divided":
-        return torch.cat([taken[:-1], last])
-    taken = taken - last * (number < dense.nodes)
-    return torch.cat([(differences(s).unsqueeze(2) * taken[:-1]).cumsum(1)[:, -1], last])
-
-
-def _interpolate(dense: AdamsDense, theta: Tensor, derivative: int) -> Tensor:
-    """The integral of the step's own polynomial: continuous, of the order of the formula; calls no f."""
-    layout, dt, values = dense.layout, dense.dt, dense.values
-    if dense.kind == "implicit" and dense.nodes == 0:
-        rows = theta.new_ones((1, 1, *theta.shape[1:]))
-    else:
-        s = distances(dt, dense.steps)
-        rows = _rows(dense, s if isinstance(s, Tensor) else theta.new_tensor(s))
-    if isinstance(dt, Tensor):
-        unit = torch.where(dt == 0, 1.0, dt) if derivative > 1 and dt.dim() else dt
-        weights = evaluate(rows, theta, derivative) * unit ** (1 - derivative)
-    else:
-        weights = evaluate(rows, theta, derivative) * dt ** (1 - derivative)
-    if layout.joint:
-        result = weights.to(layout.dtype).T @ torch.stack(values)
-        return dense.y0 + result if derivative == 0 else result
-    result = dense.y0 if derivative == 0 else torch.zeros_like(dense.y0)
-    return _combine(layout, result, weights, values)
+def _check_order(what: str, order: Any) -> None:
+    if not isinstance(order, int) or isinstance(order, bool) or not 1 <= order <= HIGHEST_ORDER:
+        raise ArgumentError(f"{what} of an Adams method must be an integer from 1 to {HIGHEST_ORDER}, found {order!r}")
 
 
 # -- variable step and order ------------------------------------------------------------------------------------------
@@ -415,10 +390,10 @@ class VariableAdams(Method):
     """Adams in PECE form with variable step and order (HNW III.5 and III.7; Shampine & Gordon 1975).
 
     At order k: prediction p = y0 + dt sum_{j<k} g_j Phi*_j, evaluation, correction y1 = p + dt g_k Phi_k with
-    Phi_k = f(t1, p) - sum_{j<k} Phi*_j, which is the Adams-Moulton formula of order k + 1; its difference to that of order
-    k is the error estimate (HNW III.7), so the better result is carried on (local extrapolation). Two evaluations per
-    accepted step and one per rejected one. A solve starts at order 1 with a small step and needs no other method; the
-    controller ("order") raises both.
+    Phi_k = f(t1, p) - sum_{j<k} Phi*_j. That is the Adams-Moulton formula of order k + 1; its difference to the one of order
+    k is the error estimate, so that the better result is carried on (local extrapolation). Two evaluations for an accepted
+    step, one for a rejected one (in the batched modes two). A solve starts at order 1 with a small step and needs no other
+    method; the controller "order" raises both.
 
     Args:
         max_order: the largest order used, 1 to 12.
@@ -435,116 +410,160 @@ class VariableAdams(Method):
     controller: ClassVar[str] = "order"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_order, int) or not 1 <= self.max_order <= HIGHEST_ORDER:
-            raise ArgumentError(f"max_order must be an integer from 1 to {HIGHEST_ORDER}, found {self.max_order!r}")
+        _check_order("max_order", self.max_order)
 
     @property
     def order(self) -> int:  # type: ignore[override]
         return self.max_order
 
-    def init(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor | None) -> AdamsState:
-        return _first_state(field, dt, y0, f0, self.max_order - 1, 1, self.max_order)
+    def init(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor | None) -> VariableState:
+        work, depth, zero = Workspace(y0, f0), self.max_order - 1, torch.zeros_like(y0)
+        if field.layout.joint:
+            return VariableState((zero,), (), 0, 1, self.max_order, work)
+        steps, count = _no_history(dt, depth)
+        return VariableState((zero,) * (depth + 1), steps, count, count + 1, self.max_order, work)
 
-    def step(self, field: Any, t0: Any, dt: Any, y0: Tensor, state: AdamsState, active: Any) -> StepOut:
+    def step(self, field: Any, t0: Any, dt: Any, y0: Tensor, state: VariableState, active: Any) -> StepOut:
         layout, k = field.layout, state.order
         slope, calls = state.work.slope(field, t0, y0)
         s = distances(dt, state.steps)
         g = integrals(s)
-        stars = self._continued(layout, slope, state, s)
-        scale, masks = _selected(g, dt, k)
-        p = _combine(layout, y0, scale, stars)
-        known = _combine(layout, torch.zeros_like(y0), masks, stars)
-        (t1,) = field.times(t0, dt, (1.0,))
-        latest = field(t1, p) - known
+        beta, weights = _vectors(layout, s, g, dt, state, y0)
+        # Phi_j = f - (what degree j - 1 had foreseen), then Phi*_j = beta_j Phi_j and their running sums (HNW 5.9).
+        stars = (slope - torch.stack(state.foreseen)) * beta
+        foreseen = stars.cumsum(0)
+        p = _advance(layout, y0, weights, stars)
+        differences, place, exists = _differences(layout, field(field.time(t0 + dt), p), foreseen, state)
+        latest = differences[place]
         y1 = _add(p, layout.spread(dt * _pick(g, k)), latest)
-        with torch.no_grad():
-            error = self._errors(layout, dt, g, stars, latest, state)
-        dense = AdamsDense(layout, dt, y0, state.steps, (*stars, latest), "divided", k)
-        return StepOut(y1, error, dense, self._following(state, stars, dt), calls + 1)
+        dense = AdamsDense(layout, dt, y0, state.steps, (stars, latest), "divided", k)
+        error = VariableError(differences, exists, dt, g, k)
+        return StepOut(y1, error, dense, self._following(state, foreseen, dt), calls + 1)
 
-    def _continued(self, layout: Any, slope: Tensor, state: AdamsState, s: Any) -> tuple[Tensor, ...]:
-        """Phi*_0 .. Phi*_count at this point (HNW 5.9)."""
-        beta = continuation(s)
-        if isinstance(beta, Tensor) and not layout.joint:
-            # Differences that have no history yet stay 0.
-            number = torch.arange(len(s), device=s.device).unsqueeze(1)
-            beta = torch.where(number <= state.count, beta, 0.0)
-        phi, stars = slope, [slope]
-        for factor, before in zip(_coefficients(layout, beta)[1:], state.slopes):
-            phi = phi - before
-            stars.append(phi if isinstance(factor, float) and factor == 1.0 else phi * factor)
-        return tuple(stars)
-
-    def _errors(self, layout: Any, dt: Any, g: Any, stars: Any, latest: Tensor, state: AdamsState) -> AdamsError:
-        k, spread = state.order, layout.spread
-        if isinstance(k, int):
-            low = latest + stars[k - 1] if k > 1 else None
-            # A difference with the prediction's f in it: good enough to choose an order by.
-            high = latest - stars[k] if k <= state.count and k < state.highest else None
-            factors = [dt * (g[j] - g[j - 1]) if 0 < j < len(g) else 0.0 for j in (k - 1, k, k + 1)]
-            return AdamsError((low, latest, high), factors)
-        stack, last = torch.stack(stars), len(stars) - 1
-        low = latest + _pick(stack, layout.per_row(k - 1))
-        high = latest - _pick(stack, layout.per_row(k.clamp(max=last)))
-        jumps = torch.cat([torch.zeros_like(g[:1]), g[1:] - g[:-1], torch.zeros_like(g[:1])])
-        factors = [dt * _pick(jumps, j) for j in (k - 1, k, k + 1)]
-        exists = (k > 1, None, (k <= state.count) & (k < state.highest))
-        return AdamsError((low, latest, high), factors, exists)
-
-    def _following(self, state: AdamsState, stars: tuple[Tensor, ...], dt: Any) -> AdamsState:
-        depth = self.max_order - 1
+    def _following(self, state: VariableState, foreseen: Tensor, dt: Any) -> VariableState:
+        count: Any = self.max_order - 1
+        depth = count
         if isinstance(state.order, int):
-            kept = depth = min(state.count + 1, state.order + 1, depth)
+            # More than the next order can use is not carried along.
+            count = depth = min(state.count + 1, state.order + 1, depth)
         else:
-            kept = torch.minimum(state.count + 1, state.order + 1).clamp(max=depth)
-        return state._replace(slopes=stars[:depth], steps=(dt, *state.steps)[:depth], count=kept)
+            count = torch.minimum(state.count, state.order).add(1).clamp(max=depth)
+        kept = (state.foreseen[0], *foreseen[:depth].unbind(0))
+        return state._replace(foreseen=kept, steps=(dt, *state.steps)[:depth], count=count)
 
     def ratio(self, norm: Any, y0: Tensor, out: StepOut) -> Any:
-        scale = norm.scale(y0, out.y1)
-        differences, factors, exists = out.error
-        if exists is None:
-            known = [phi.detach() for phi in differences if phi is not None]
-            sizes = iter(_sizes(norm, known, scale))
-            return tuple(
-                math.inf if phi is None else abs(float(factor)) * next(sizes) for phi, factor in zip(differences, factors)
-            )
-        ratios = [norm(phi, scale) * factor.abs() for phi, factor in zip(differences, factors)]
-        return tuple(r if e is None else torch.where(e, r, torch.inf) for r, e in zip(ratios, exists))
-
-    def snapshot(self, dense: AdamsDense) -> AdamsDense:
-        return dense
+        differences, exists, dt, g, k = out.error
+        scaled = differences.detach() / norm.scale(y0, out.y1)
+        if isinstance(k, int):
+            sizes = iter(_sizes(norm, scaled))
+            orders = zip((k - 1, k, k + 1), exists)
+            return tuple(abs(float(dt * (g[j] - g[j - 1]))) * next(sizes) if there else math.inf for j, there in orders)
+        # Indices that the masks rule out must still find a number.
+        change = torch.cat([torch.zeros_like(g[:1]), g.diff(dim=0), torch.zeros_like(g[:1])])
+        factors = [(dt * _pick(change, j)).abs() for j in (k - 1, k, k + 1)]
+        ratios = [norm.measure(x) * factor for x, factor in zip(scaled.unbind(0), factors)]
+        return tuple(torch.where(there, r, torch.inf) for there, r in zip(exists, ratios))
 
     def interpolate(self, dense: AdamsDense, theta: Tensor, derivative: int = 0) -> Tensor:
         return _interpolate(dense, theta, derivative)
 
 
-def _selected(g: Any, dt: Any, k: Any) -> tuple[Any, Any]:
-    """(dt g_j, 1) for j < k and 0 beyond: lists of length k, or ``(K, ...)``."""
-    if not isinstance(g, Tensor):
-        return [dt * x for x in g[:k]], [1.0] * k
-    number = torch.arange(len(g) - 1, device=g.device).reshape((-1,) + (1,) * (g.dim() - 1))
-    mask = (number < k).to(g.dtype).expand(-1, *g.shape[1:])
-    return dt * g[:-1] * mask, mask
+def _vectors(layout: Any, s: Any, g: Any, dt: Any, state: VariableState, y0: Tensor) -> tuple[Tensor, Tensor]:
+    """beta_j, ``(K, ..)`` to multiply differences with, and dt g_j for j < k in the same form (joint mode: ``(k,)``)."""
+    k, beta = state.order, continuation(s)
+    if not isinstance(dt, Tensor):
+        both = _on_device(beta + [dt * x for x in g[:k]], y0)
+        return both[: len(beta)].unsqueeze(1), both[len(beta) :]
+    if layout.joint:
+        return beta.to(y0.dtype).unsqueeze(1), (dt * g[:k]).to(y0.dtype)
+    number = torch.arange(len(s), device=s.device).unsqueeze(1)
+    # Differences that have no history yet stay 0.
+    beta = torch.where(number <= state.count, beta, 0.0)
+    return layout.spread(beta), layout.spread(torch.where(number < k, dt * g[:-1], 0.0))
+
+
+def _on_device(values: list[float], like: Tensor) -> Tensor:
+    if like.device.type == "cpu":
+        return torch.tensor(values, dtype=like.dtype)
+    # From pinned memory, so that nobody waits for the copy.
+    return torch.tensor(values, dtype=like.dtype, pin_memory=True).to(like.device, non_blocking=True)
+
+
+def _advance(layout: Any, y0: Tensor, weights: Tensor, stars: Tensor) -> Tensor:
+    """y0 + sum_j weights_j stars_j."""
+    if layout.joint:
+        return torch.addmv(y0, stars[: len(weights)].t(), weights)
+    # A running sum adds in the same order whatever the shape.
+    return y0 + (weights * stars).cumsum(0)[-1]
+
+
+def _differences(layout: Any, f1: Tensor, foreseen: Tensor, state: VariableState) -> tuple[Tensor, int, tuple]:
+    """Phi_{k-1}, Phi_k, Phi_{k+1} at the new point, the place of Phi_k among them, and which of them are known.
+
+    All are made with the prediction's f, also the last, which is good enough to choose an order by.
+    """
+    k = state.order
+    below, above = k > 1, (k <= state.count) & (k < state.highest)
+    if isinstance(k, int):
+        return f1 - foreseen[k - 1 - below : k + above], int(below), (below, True, above)
+    rows = torch.stack([k - 2, k - 1, k]).clamp(0, len(foreseen) - 1)
+    index = layout.per_row(rows).unsqueeze(-1).expand(3, *f1.shape)
+    return f1 - foreseen.gather(0, index), 1, (below, torch.ones_like(below), above)
 
 
 def _pick(values: Any, index: Any) -> Any:
-    """values[index], with one index for each sample in the batched modes (``values``: ``(K, B)`` or ``(K, R, M)``)."""
-    if isinstance(index, int):
-        return values[index]
-    where = index.reshape((1, -1) + (1,) * (values.dim() - 2)).expand(1, *values.shape[1:])
-    return values.gather(0, where)[0]
+    """values[index]; in the batched modes ``values`` is ``(K, B)`` and every sample has its own index."""
+    return values[index] if isinstance(index, int) else values.gather(0, index.unsqueeze(0))[0]
 
 
-def _sizes(norm: Any, tensors: list[Tensor], scale: Tensor) -> list[float]:
-    """Error norms of several tensors, joint mode, with a single read from the device."""
+def _sizes(norm: Any, scaled: Tensor) -> list[float]:
+    """Error norms of the rows of ``scaled``, joint mode, with a single read from the device."""
     layout = norm.layout
     if norm.custom is not None:
-        return [norm(x, scale) for x in tensors]
-    scaled = torch.stack(tensors) / scale
+        return [norm.measure(x) for x in scaled.unbind(0)]
     parts = [scaled] if layout.single else scaled.split(layout.sizes, dim=1)
-    sizes = [torch.linalg.vector_norm(part, dim=1) / math.sqrt(max(part.shape[1], 1)) for part in parts]
+    sizes = [torch.linalg.vector_norm(part, dim=1) / max(part.shape[1], 1) ** 0.5 for part in parts]
     found: list[float] = (sizes[0] if layout.single else torch.stack(sizes).amax(0)).tolist()
     return found
+
+
+# -- dense output -----------------------------------------------------------------------------------------------------
+
+
+def _rows(dense: AdamsDense, s: Tensor) -> Tensor:
+    """The derivatives of w_i, in powers of u = theta: ``(values, powers, ...)``."""
+    N = basis(s)
+    number = torch.arange(len(N), device=s.device).reshape((-1,) + (1,) * s.dim())
+    taken = (number < dense.nodes).to(s.dtype)
+    if dense.kind == "explicit":
+        return _of_slopes(s, N * taken)
+    last = torch.where(number == dense.nodes, N, 0.0).cumsum(0)[-1:]
+    if dense.kind == "divided":
+        return torch.cat([(N * taken)[:-1], last])
+    return torch.cat([_of_slopes(s, (N - last) * taken), last])
+
+
+def _of_slopes(s: Tensor, rows: Tensor) -> Tensor:
+    """Factors of the differences as factors of the f's that these are made of."""
+    return (differences(s).unsqueeze(2) * rows[:-1]).cumsum(1)[:, -1]
+
+
+def _interpolate(dense: AdamsDense, theta: Tensor, derivative: int) -> Tensor:
+    """The integral of the step's own polynomial: continuous, of the order of the formula; calls no f."""
+    layout, dt, values = dense.layout, dense.dt, dense.values
+    if dense.kind == "divided":
+        values = (*values[0].unbind(0), values[1])
+    s = distances(dt, dense.steps)
+    s = s if isinstance(s, Tensor) else theta.new_tensor(s)
+    # Backward Euler has no past at all: its polynomial is f at the new point.
+    rows = torch.ones_like(s[None, :1]) if dense.kind == "implicit" and len(values) == 1 else _rows(dense, s)
+    # Resting samples (dt = 0) have no use for a derivative, but must not divide by 0.
+    unit = torch.where(dt == 0, 1.0, dt) if derivative > 1 and isinstance(dt, Tensor) else dt
+    weights = evaluate(rows, theta, derivative) * unit ** (1 - derivative)
+    if layout.joint:
+        result = weights.to(layout.dtype).T @ torch.stack(values)
+        return dense.y0 + result if derivative == 0 else result
+    return _combine(layout, dense.y0 if derivative == 0 else torch.zeros_like(dense.y0), weights, values)
 
 
 METHODS.register("explicit_adams", ExplicitAdams())

@@ -55,6 +55,8 @@ class Method(ABC):
     one_step: ClassVar[bool] = True
     """Whether ``state`` can be rebuilt from (t, y) alone, so that a replay need not store it."""
     variable_order: ClassVar[bool] = False
+    real_limit: float = 1.0
+    """About how large -dt lambda may be for y' = lambda y; only judges whether an explicit method was held back by it."""
     controller: ClassVar[str] = "i"
     """Name of the controller that steers it unless the user chooses one."""
 

@@ -19,7 +19,7 @@ from ..optim import (
     attach,
     minimise,
 )
-from ..status import ArgumentError, Status
+from ..status import ArgumentError, ArgumentTypeError, Status
 from .base import METHODS, Method, StepOut
 
 NOISE = 3.0
@@ -70,7 +70,7 @@ class ProxEuler(Method):
     _: KW_ONLY
     inner_tol: float = 0.1
     max_iters: int = 1000
-    backward_tol: float = 1e-9
+    backward_tol: float = 1e-8
 
     name: ClassVar[str] = "prox_euler"  # type: ignore[misc]
     order: ClassVar[int] = 1  # type: ignore[misc]
@@ -84,6 +84,17 @@ class ProxEuler(Method):
             if not getattr(self, option) > 0:
                 raise ArgumentError(f"{option} must be positive, found {getattr(self, option)}")
 
+    def choose_inner(self, inner: Any) -> InnerOptimizer:
+        """The optimiser that ``inner`` names; "auto": the one this instance has.
+
+        Raises ``UnknownNameError`` for other names, ``ArgumentTypeError`` for what is neither a name nor an optimiser.
+        """
+        if isinstance(inner, InnerOptimizer):
+            return inner
+        if not isinstance(inner, str):
+            raise ArgumentTypeError(f"inner must be a name or an InnerOptimizer, found {type(inner).__name__}")
+        return self.inner if inner == "auto" else INNER_OPTIMIZERS[inner]
+
     def init(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor | None) -> ProxState:
         y0 = y0.detach()
         layout = field.layout
@@ -96,7 +107,7 @@ class ProxEuler(Method):
         with torch.no_grad():
             start = y0.detach()
             (t1,) = field.times(_number(t0), size, (1.0,))
-            problem = ProximalProblem(field, t1, start, size, field.norm, field.norm.scale(start))
+            problem = ProximalProblem(field, t1, start, size, field.norm, field.norm.scale(y0))
             found = minimise(
                 problem,
                 self.inner,

@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,8 +72,12 @@ class RungeKutta(Method):
     def reference(self) -> str:  # type: ignore[override]
         return self.tableau.reference
 
+    @property
+    def real_limit(self) -> float:  # type: ignore[override]
+        return self.tableau.real_limit
+
     def init(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor | None) -> RKState:
-        layout, tableau = field.layout, self.tableau
+        tableau = self.tableau
         rows = tableau.stages + len(tableau.extension.c_extra)
         work = Workspace(self._stages(field, dt, y0, rows))
         if f0 is not None and not tableau.fsal:
@@ -185,6 +190,10 @@ class RungeKutta(Method):
 
     def _weights(self, theta: Tensor, derivative: int, stages: int) -> Tensor:
         """d^n/dtheta^n b_i(theta), ``(n, [B,] s)``, float64."""
+        if derivative == 0 and theta.dim() == 1 and theta.device.type == "cpu" and not theta.requires_grad:
+            # A handful of numbers: numpy takes a fraction of the time.
+            exponents, P = _host_extension(self.tableau, stages)
+            return torch.from_numpy((theta.numpy()[:, None] ** exponents).dot(P))
         powers, P = _extension(self.tableau, theta.device)
         if derivative == 0:
             # Horner's rule, not a matrix product, whose rounding depends on its size and so on the batch.
@@ -200,7 +209,7 @@ class RungeKutta(Method):
 
     def ratio(self, norm: Any, y0: Tensor, out: StepOut) -> Any:
         dt, stages, rows = out.error.dt, out.error.stages, self.tableau.b_error
-        if isinstance(stages, HostStages):
+        if norm.on_host and not isinstance(dt, Tensor):
             ratios = [stages.ratio(norm, dt, row, y0, out.y1) for row in rows]
         else:
             scale = norm.scale(y0, out.y1)
@@ -218,6 +227,13 @@ def _extension(tableau: Tableau, device: torch.device) -> tuple[Tensor, Tensor]:
     """Exponents ``(d,)`` and coefficients ``(d, s)`` of the continuous extension's weights."""
     P = torch.tensor(tableau.extension.P, dtype=torch.float64, device=device).T.contiguous()
     return torch.arange(1, len(P) + 1, dtype=torch.float64, device=device), P
+
+
+@functools.lru_cache(maxsize=256)
+def _host_extension(tableau: Tableau, stages: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same as arrays, of the first ``stages`` stages."""
+    P = np.array(tableau.extension.P).T[:, :stages].copy()
+    return np.arange(1, len(P) + 1, dtype=np.float64), P
 
 
 for _tableau in TABLEAUS.values():

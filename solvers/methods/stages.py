@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 NARROW = 16
 """Columns of a batch below which broadcasting is worth avoiding."""
 
@@ -39,8 +38,16 @@ def weighted_sum(weights: tuple[float, ...], stages: list[Tensor]) -> Tensor | N
     return total
 
 
+def _shaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """``x`` itself where it has that shape: autograd would record even a change that is none."""
+    return x if x.shape == shape else x.reshape(shape)
+
+
 class ListStages:
-    """Stages as separate tensors: what autograd and torch.func need."""
+    """Stages as separate tensors: what autograd and torch.func need.
+
+    In joint mode they keep the user's shape, so that autograd records one change of shape per step, not two per stage.
+    """
 
     scaled = False
     """Whether ``matrix`` holds dt k_i rather than k_i."""
@@ -48,9 +55,10 @@ class ListStages:
     def __init__(self, layout: Any) -> None:
         self.layout = layout
         self.k: list[Tensor] = []
+        self.shape = layout.shapes[0] if layout.joint and layout.is_tensor and layout.same_dtype else layout.shape
 
-    def start(self, k0: Tensor) -> None:
-        self.k = [k0]
+    def start(self, k0: Any) -> None:
+        self.k = [_shaped(k0, self.shape)]
 
     def rewind(self) -> None:
         """Forget all stages but the first."""
@@ -58,32 +66,39 @@ class ListStages:
 
     def evaluate(self, field: Any, t: Tensor, y: Tensor) -> Tensor:
         """Append the stage f(t, y); returns it in the form that ``start`` takes."""
-        k = field(t, y)
+        k = _shaped(field(t, y), self.shape)
         self.k.append(k)
         return k
 
     def sweep(self, field: Any, times: tuple[Tensor, ...], y: Tensor, dt: Any, rows: Any) -> tuple[Tensor, Tensor]:
         """Evaluate one stage for each of ``rows``; returns the last stage's argument and the last stage."""
-        k = self.k
+        k, layout = self.k, self.layout
+        f = field if layout.shape == self.shape else field.shaped
+        y = _shaped(y, self.shape)
         for row, t in zip(rows, times, strict=True):
-            point = combine(self.layout, y, dt, row, k)
-            k.append(field(t, point))
-        return point, k[-1]
+            point = combine(layout, y, dt, row, k)
+            k.append(f(t, point))
+        return _shaped(point, layout.shape), k[-1]
 
     def point(self, y: Tensor, dt: Any, weights: tuple[float, ...]) -> Tensor:
-        return combine(self.layout, y, dt, weights, self.k)
+        return _shaped(combine(self.layout, _shaped(y, self.shape), dt, weights, self.k), self.layout.shape)
 
     @torch.no_grad()
     def error(self, dt: Any, weights: tuple[float, ...]) -> Tensor:
         """dt sum_i weights_i k_i, detached."""
         total = weighted_sum(weights, [k.detach() for k in self.k])
         if total is None:
-            return torch.zeros_like(self.k[0])
-        return total * (self.layout.spread(dt.detach()) if isinstance(dt, Tensor) else dt)
+            total = torch.zeros_like(self.k[0])
+        return _shaped(total, self.layout.shape) * (self.layout.spread(dt.detach()) if isinstance(dt, Tensor) else dt)
+
+    def ratio(self, norm: Any, dt: float, weights: tuple[float, ...], y0: Tensor, y1: Tensor) -> float:
+        """Norm of :meth:`error`, by numpy (where the norm is ``on_host``)."""
+        k = self.k[0].new_empty(0)
+        return k
 
     def matrix(self) -> Tensor:
         """All stages, ``(s, *layout.shape)``."""
-        return torch.stack(self.k)
+        return _shaped(torch.stack(self.k), (len(self.k), *self.layout.shape))
 
     def frozen(self) -> ListStages:
         """A copy that later steps do not change."""
@@ -115,7 +130,7 @@ class BufferStages:
         flat = self.buffer.view(rows, -1)
         self._rows = self.buffer.unbind(0)
         # f writes its answer in the user's shape, which saves a view for every stage.
-        self._slots = [layout.unflatten(row) for row in self._rows] if layout.is_tensor else None
+        self._slots: Any = [layout.unflatten(row) for row in self._rows] if layout.is_tensor and layout.same_dtype else None
         # Column-major (n, s): its product with a weight vector is what BLAS is fastest at.
         self._columns = [flat[:i].t() for i in range(rows + 1)]
         self._weights: dict[tuple[float, ...], Tensor] = {}

@@ -187,6 +187,19 @@ class Tableau:
         return self.stages > 1 and self.c[-1] == 1 and self.a[-1] == self.b[:-1] and self.b[-1] == 0
 
     @cached_property
+    def real_limit(self) -> float:
+        """The least x with |R(-x)| > 1, to 0.01, R(z) = 1 + z b (I - z A)^-1 1 being the stability function (HNW II, IV.2)."""
+        coefficients, column = [1.0], [1.0] * self.stages
+        for _ in range(self.stages):
+            coefficients.append(_dot(self.b, column))
+            column = [_dot(row, column) for row in self.a]
+        x, value = 0.0, 1.0
+        while abs(value) <= 1.0 and x < 100.0:
+            x += 0.01
+            value = sum(c * (-x) ** power for power, c in enumerate(coefficients))
+        return x
+
+    @cached_property
     def f1_stage(self) -> int | None:
         """Index, among main and extra stages, of the one that equals f(t1, y1), or None if there is none."""
         if self.fsal:

@@ -1,6 +1,6 @@
 """Inner solvers of implicit steps, registered by name in :data:`INNER_OPTIMIZERS`."""
 
-from . import conjugate  # noqa: F401  (registration)
+from . import conjugate
 from .base import (
     INNER_OPTIMIZERS,
     InnerOptimizer,

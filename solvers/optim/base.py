@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,10 @@ from ..registry import Registry
 GROWTH = 1e6
 """A residual this many times the best one is divergence; exact conjugate gradients may rise by the root of the condition."""
 STALLED = 3
-"""Rounds of iterations in a row without a tenth of progress in the evaluated residual after which a sample is given up."""
+"""Times in a row that a sample may claim to be done, wrongly and without a tenth of progress, before it is given up."""
+SHORTER = 0.25
+"""Factor by which a step is cut that ran past the minimum along its direction, and how often that is tried."""
+CUTS = 12
 ROUNDING = 4.0
 """Units in the last place of z below which a residual of z is noise."""
 
@@ -58,6 +61,25 @@ class InnerProblem(ABC):
         """Derivative of the residual at ``point`` along ``v``, by a forward difference; one call of f."""
         step = self.layout.spread(self.difference_step(point, v))
         return (self.evaluate(point.z + step * v).r - point.r) / step
+
+    def shorten(self, base: Point, point: Point, moved: Any) -> tuple[Point, Any]:
+        """``point``, or nearer to ``base`` where the way there ran past the minimum, and where that was so.
+
+        r is the gradient along the way d: past the minimum is where <r, d> has changed its sign and grown, with |r|. So is
+        where r does not exist. A linear model of a strongly nonlinear f leads there. Each cut is one call of f.
+        """
+        ops, cut = self.ops, moved & False
+        before = self.norm(base.r)
+        for _ in range(CUTS):
+            d = point.z - base.z
+            slope, now = self.dot(base.r, d), self.norm(point.r)
+            fine = (now <= before) | (self.dot(point.r, d) <= abs(slope)) & ops.isfinite(now)
+            past = moved & ops.invert(fine) & (slope < 0)
+            if not any_true(past):
+                break
+            cut = cut | past
+            point = self.evaluate(self.keep(past, base.z + SHORTER * d, point.z))
+        return point, cut
 
     def value(self, z: Tensor) -> Any:
         """The function whose gradient the residual is, one number per sample; None where there is none."""
@@ -156,7 +178,7 @@ class InnerStep(NamedTuple):
     """One iteration: the iterate, its residual, the optimiser's state.
 
     ``point`` is set where the residual was evaluated, None where it was carried along by a recurrence. A sample that could
-    not make its step has a residual that is not finite. ``curvature``: a lower bound of the largest curvature, per sample.
+    not make its step has a residual that is not finite.
     """
 
     z: Tensor
@@ -264,12 +286,13 @@ class _Run:
     def __init__(self, problem: InnerProblem, start: Point, tol: float, active: Any) -> None:
         self.problem, self.tol = problem, tol
         self.point, self.z, self.r = start, start.z, start.r
+        self.exact = True
         self.norm = problem.norm(start.r)
         self.rounding = ROUNDING * torch.finfo(start.z.dtype).eps * problem.norm(start.z)
         finite = problem.ops.isfinite(self.norm)
         self.running = active & finite
-        self.done = problem.ops.invert(active | (finite & False))
-        self.waiting = self.done & False
+        self.waiting = finite & False
+        self.done = problem.ops.invert(active | self.waiting)
         self.best = self.base = self.norm
         self.iterations: Any = 0 if problem.layout.joint else torch.zeros_like(self.done, dtype=torch.int64)
         self.stale: Any = self.iterations
@@ -306,7 +329,8 @@ class _Run:
             # The recurrence may be to blame; one that fails from a fresh residual is lost.
             self.waiting = self.waiting | broken
         self.running = moved & ops.invert(claim) & (self.iterations < max_iters)
-        self.point = out.point
+        self.exact = out.point is not None
+        self.point = out.point or self.point
         self.age += 1
 
     def close(self, max_iters: int) -> Any:
@@ -316,13 +340,16 @@ class _Run:
         self.age, self.waiting = 0, self.waiting & False
         if not any_true(alive):
             return again
-        if self.point is None or any_true(again):
+        if not self.exact:
+            point, cut = problem.shorten(self.point, problem.evaluate(self.z), alive)
+            self.point, again = point, again | cut
+        elif any_true(again):
             self.point = problem.evaluate(self.z)
-        self.r = self.point.r
+        self.z, self.r = self.point.z, self.point.r
         norm = problem.norm(self.r)
         self.norm = ops.where(alive, norm, self.norm)
         self.done = self.done | (alive & (norm <= self.limit()))
-        self.stale = ops.where(norm <= 0.9 * self.best, self.stale * 0, self.stale + 1)
+        self.stale = ops.where(norm <= 0.9 * self.best, self.stale * 0, self.stale + again)
         self.best = ops.minimum(self.best, norm)
         self.base = norm
         fit = ops.isfinite(norm) & (self.stale < STALLED) & (self.iterations < max_iters)

@@ -10,19 +10,22 @@ from torch import Tensor
 
 from ..status import ArgumentError
 from .base import INNER_OPTIMIZERS, InnerOptimizer, InnerProblem, InnerStep, Point, any_true
-from .curvature import PowerMemory, SeenRadius, spectral_radius
+from .linesearch import PowerMemory, SeenRadius, spectral_radius
 
 RATES = ("cg", "line_search", "constant")
 POWELL = 0.2
 """Successive residuals this far from orthogonal belong to no symmetric M (Powell 1977, Math. Program. 12, 241-254)."""
+
+PARALLEL = 1 - 1e-6
+"""Squared cosine of the angle between two directions above which the second is not made orthogonal to the first."""
 
 
 class CGState(NamedTuple):
     """Where the conjugate directions stand.
 
     p, slope: the next direction and <p, r>. r, rr: the residual and its square. point: of linearisation. eta: the constant
-    rate. radius: |lambda|_max of M known before this step in time, ``seen``: in it. pair: the last (p, M p), or None.
-    skew: samples whose M has turned out not to be symmetric. memory: as it was at the start.
+    rate. known, seen: the largest curvature, with what earlier steps in time knew and without. pair: the last (p, M p), or
+    None. skew: samples whose M has turned out not to be symmetric. memory: as it was at the start.
     """
 
     p: Tensor
@@ -33,7 +36,7 @@ class CGState(NamedTuple):
     eta: Any
     known: Any
     seen: Any
-    pair: tuple[Tensor, Tensor] | None
+    pair: Any
     skew: Any
     memory: Any
 
@@ -119,33 +122,37 @@ class ConjugateGradient(InnerOptimizer):
         return SeenRadius(problem.ops.where(state.seen > 1, rho, state.memory.rho))
 
     def step(self, problem: InnerProblem, z: Tensor, r: Tensor, state: CGState, running: Any) -> InnerStep:
-        p, alpha, pair, seen = problem.keep(running, state.p, 0.0), state.eta, None, state.seen
+        p, mp, alpha, seen = problem.keep(running, state.p, 0.0), None, state.eta, state.seen
         if self.searches:
-            alpha, pair, seen = self._search(problem, p, r, state, running)
-            p = pair[0]
+            p, mp, alpha, seen = self._search(problem, p, r, state, running)
         wide = problem.layout.spread(alpha)
         z = z + wide * p
+        evaluated: Point | None = None
         if self.rate == "cg":
-            point, evaluated, r = state.point, None, r + wide * pair[1]
+            point, r = state.point, r + wide * mp
         else:
-            point = evaluated = problem.evaluate(problem.keep(running, z, state.point.z))
-            r = point.r
+            point = problem.evaluate(problem.keep(running, z, state.point.z))
+            if self.searches and self.restart:
+                point, _ = problem.shorten(state.point, point, running)
+            evaluated, z, r = point, point.z, point.r
         state = self._turn(problem, p, r, state, running)
         known = problem.ops.maximum(state.known, seen)
-        return InnerStep(z, r, state._replace(point=point, known=known, seen=seen, pair=pair), evaluated)
+        return InnerStep(z, r, state._replace(point=point, known=known, seen=seen, pair=(p, mp)), evaluated)
 
     def _search(
         self, problem: InnerProblem, p: Tensor, r: Tensor, state: CGState, running: Any
-    ) -> tuple[Any, tuple[Tensor, Tensor], Any]:
-        """alpha, (p, M p) and the largest curvature seen."""
+    ) -> tuple[Tensor, Tensor, Any, Any]:
+        """p, M p, alpha and the largest curvature seen."""
         ops = problem.ops
         mp = problem.jv(state.point, p)
         skew = running & state.skew
         general = any_true(skew)
         if general and state.pair is not None:
             last, image = state.pair
-            beta = problem.ratio(-problem.dot(mp, image), problem.dot(image, image))
-            wide = problem.layout.spread(ops.where(skew, beta, 0.0))
+            cross, square = problem.dot(mp, image), problem.dot(image, image)
+            # Nothing but noise is left of a direction whose image is parallel to the last one.
+            new = skew & (cross * cross < PARALLEL * square * problem.dot(mp, mp))
+            wide = problem.layout.spread(ops.where(new, problem.ratio(-cross, square), 0.0))
             p, mp = p + wide * last, mp + wide * image
         curved = problem.dot(p, mp)
         rayleigh = problem.ratio(curved, problem.dot(p, p))
@@ -154,7 +161,7 @@ class ConjugateGradient(InnerOptimizer):
         if general:
             # Least |r'| instead of least energy.
             alpha = ops.where(skew, problem.ratio(-problem.dot(r, mp), problem.dot(mp, mp)), alpha)
-        return alpha, (p, mp), seen
+        return p, mp, alpha, seen
 
     def _turn(self, problem: InnerProblem, p: Tensor, r: Tensor, state: CGState, running: Any) -> CGState:
         """The next direction."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..status import InnerSolverError, UnsupportedError
-from .base import InnerProblem, any_true
+from .base import ROUNDING, InnerProblem, any_true
 
 WINDOW = 10
 """Directions that the transposed solve keeps orthogonal. One is enough where M is symmetric."""
@@ -32,13 +32,17 @@ def attach(residual: Callable[[Tensor], Tensor], z: Tensor, problem: InnerProble
         residual: one call of f, recorded by autograd. z: flat, detached. problem: for its geometry.
         tol: of the linear solves in the backward pass, relative to the right-hand side of each sample.
     """
-    shut, opened = _Flag(), _Flag()
-    x = z.detach().requires_grad_()
-    for flag in (shut, opened):
-        at = _Gate.apply(x, flag)
-        r = residual(at)
-        x = at - _Correction.apply(r, _System(problem, tol, at, r), opened)
-    return x
+
+    def again() -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            at = z.detach().requires_grad_()
+            return at, residual(at)
+
+    wanted = _Flag()
+    once = z - _Correction.apply(residual(z), _System(problem, tol, again), wanted)
+    at = _Gate.apply(once, wanted)
+    r = residual(at)
+    return at - _Correction.apply(r, _System(problem, tol, lambda: (at, r)), wanted)
 
 
 class _Flag:
@@ -48,20 +52,25 @@ class _Flag:
 
 
 class _System:
-    """M at a solution, known through the recorded residual, and its inverse."""
+    """M at a solution, known through a recorded residual there, and its inverse.
 
-    def __init__(self, problem: InnerProblem, tol: float, at: Tensor, residual: Tensor) -> None:
-        self.problem, self.tol, self.at, self.residual = problem, tol, at, residual
+    The first correction, which only second derivatives go through, records one when it is needed (a call of f): held on
+    to, the one of the second would make a cycle with the graph it is part of.
+    """
 
-    def product(self, v: Tensor, transposed: bool) -> Tensor:
-        """M v or M^T v (its adjoint where z is complex)."""
+    def __init__(self, problem: InnerProblem, tol: float, record: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        self.problem, self.tol, self.record = problem, tol, record
+
+    def product(self, transposed: bool) -> Callable[[Tensor], Tensor]:
+        """v -> M v or M^T v (its adjoint where z is complex)."""
+        at, r = self.record()
         if transposed:
-            return torch.autograd.grad(self.residual, self.at, v, retain_graph=True)[0]
+            return lambda v: torch.autograd.grad(r, at, v, retain_graph=True)[0]
         # M v is the derivative of the linear function u -> M^T u, transposed.
         with torch.enable_grad():
-            u = torch.zeros_like(self.residual, requires_grad=True)
-            (w,) = torch.autograd.grad(self.residual, self.at, u, create_graph=True)
-        return torch.autograd.grad(w, u, v)[0]
+            u = torch.zeros_like(r, requires_grad=True)
+            (w,) = torch.autograd.grad(r, at, u, create_graph=True)
+        return lambda v: torch.autograd.grad(w, u, v, retain_graph=True)[0]
 
     def solve(self, b: Tensor, transposed: bool) -> Tensor:
         """x with M x = b (or M^T x = b) to ``tol`` |b| in each sample.
@@ -71,16 +80,16 @@ class _System:
 
         Raises ``InnerSolverError`` when that many iterations do not get there.
         """
-        problem, spread = self.problem, self.problem.layout.spread
+        problem, spread, product = self.problem, self.problem.layout.spread, self.product(transposed)
         x, r = torch.zeros_like(b), b
-        enough = self.tol * problem.dot(b, b) ** 0.5
+        enough = max(self.tol, ROUNDING * torch.finfo(b.dtype).eps) * problem.dot(b, b) ** 0.5
         running = enough > 0
         window: list[tuple[Tensor, Tensor]] = []
         for _ in range(MAX_ITERS):
             if not any_true(running):
                 return x
             p = r
-            q = self.product(problem.keep(running, p, 0.0), transposed)
+            q = product(problem.keep(running, p, 0.0))
             for old_p, old_q in window:
                 c = spread(problem.dot(old_q, q))
                 p, q = p - c * old_p, q - c * old_q

@@ -1,4 +1,4 @@
-"""How curved the equation of an implicit step is: the spectral radius of df/dy, from products with it."""
+"""Step lengths of inner solvers. The constant one, 1 / L, needs L = 1 + |g| rho: the spectral radius of df/dy."""
 
 from __future__ import annotations
 
