@@ -188,7 +188,7 @@ BENCHMARKS.add(
     Benchmark(
         "convergence",
         "observed order of every method, forwards and backwards",
-        "30 s",
+        "25 s",
         "8 s",
         run,
         draw,

@@ -198,7 +198,7 @@ BENCHMARKS.add(
     Benchmark(
         "stiff-diffusion",
         "the main job: a line, a real terrain and a photograph, diffused",
-        "60 to 85 s (--full: 6 min)",
+        "45 to 75 s (--full: 3 min)",
         "15 s",
         run,
         draw,

@@ -1,5 +1,6 @@
 """Differentiable ODE solvers for PyTorch: explicit, Adams and proximal methods on one time loop."""
 
+from . import nn
 from .adjoint import ADJOINTS, Adjoint
 from .api import solve
 from .control import CONTROLLERS, Controller, Jump
@@ -44,5 +45,6 @@ __all__ = [
     "StepUnderflowError",
     "UnknownNameError",
     "UnsupportedError",
+    "nn",
     "solve",
 ]

@@ -101,13 +101,10 @@ def solve(
     Raises ``ArgumentError`` / ``ArgumentTypeError`` / ``UnknownNameError`` before any work for what cannot be used, and
     one of ``NonFiniteError, StepUnderflowError, MaxStepsError, InnerSolverError`` after a failed solve.
     """
-    if not callable(field):
-        raise ArgumentTypeError(f"field must be callable as f(t, y, *args), found {type(field).__name__}")
-    if not isinstance(args, tuple):
-        raise ArgumentTypeError(f"args must be a tuple, found {type(args).__name__}: write args=(x,)")
+    _check_field(field, args)
     layout = Layout(y0, batch_dim, batch_index)
     times = _parse_times(t, layout)
-    fixed = _fixed_mode(controller, dt, num_steps, dt0, times, layout)
+    fixed = _fixed_mode(controller, dt, num_steps, dt0, layout)
     scheme = _choose("method", METHODS, method, Method)
     steering = _choose_controller(controller, scheme, fixed)
     derivative = _choose("adjoint", ADJOINTS, adjoint, Adjoint)
@@ -148,6 +145,33 @@ def solve(
 # -- arguments --------------------------------------------------------------------------------------------------------
 
 
+def check_options(field: Any, **options: Any) -> None:
+    """Raise what ``solve(field, y0, t, **options)`` would about everything that needs neither a state nor times."""
+    defaults = {p.name: p.default for p in inspect.signature(solve).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    given = defaults | {name: value for name, value in options.items() if name in defaults}
+    rest = {name: value for name, value in options.items() if name not in defaults}
+    _check_field(field, given["args"])
+    dt = given["dt"]
+    whole: Any = 1.0 if isinstance(dt, Tensor) and dt.dim() > 0 else dt  # one dt per sample is a matter of the state
+    fixed = _fixed_mode(given["controller"], whole, given["num_steps"], given["dt0"], None)
+    method = _choose("method", METHODS, given["method"], Method)
+    controller = _choose_controller(given["controller"], method, fixed)
+    adjoint = _choose("adjoint", ADJOINTS, given["adjoint"], Adjoint)
+    _apply_options(method, controller, adjoint, given["inner"], rest)
+    _check_limits(*(given[name] for name in _LIMITS))
+    _parse_save(given["save"])
+
+
+_LIMITS = ("dt_min", "dt_max", "force_dt_min", "max_steps", "observer", "time_dtype")
+
+
+def _check_field(field: Any, args: Any) -> None:
+    if not callable(field):
+        raise ArgumentTypeError(f"field must be callable as f(t, y, *args), found {type(field).__name__}")
+    if not isinstance(args, tuple):
+        raise ArgumentTypeError(f"args must be a tuple, found {type(args).__name__}: write args=(x,)")
+
+
 def _choose(kind: str, registry: Any, choice: Any, base: type) -> Any:
     if isinstance(choice, str):
         return registry[choice]
@@ -156,7 +180,7 @@ def _choose(kind: str, registry: Any, choice: Any, base: type) -> Any:
     raise ArgumentTypeError(f"{kind} must be a name or a {base.__name__}, found {type(choice).__name__}")
 
 
-def _fixed_mode(controller: Any, dt: Any, num_steps: Any, dt0: Any, t: Tensor, layout: Layout) -> Any:
+def _fixed_mode(controller: Any, dt: Any, num_steps: Any, dt0: Any, layout: Layout | None) -> Any:
     """None for adaptive steps, "grid", a positive dt, or an int number of steps."""
     if dt is not None and num_steps is not None:
         raise ArgumentError(f"dt={dt!r} and num_steps={num_steps!r} exclude each other")
@@ -178,9 +202,9 @@ def _fixed_mode(controller: Any, dt: Any, num_steps: Any, dt0: Any, t: Tensor, l
     return fixed
 
 
-def _positive_step(dt: Any, what: str, layout: Layout) -> Any:
+def _positive_step(dt: Any, what: str, layout: Layout | None) -> Any:
     if isinstance(dt, Tensor) and dt.dim() > 0:
-        if layout.joint or dt.shape != (layout.batch,):
+        if layout is None or layout.joint or dt.shape != (layout.batch,):
             raise ArgumentError(f"{what} must be a number or of shape (B,) in a batched mode, found {tuple(dt.shape)}")
         low = float(dt.min())
     elif isinstance(dt, (int, float, Tensor)) and not isinstance(dt, bool):

@@ -52,7 +52,7 @@ class Field:
         layout = self.layout
         if layout.trivial:
             dy = self.func(t, y, *self.args)
-            if type(dy) is Tensor and dy.shape == layout.shape and dy.dtype == layout.dtype:
+            if type(dy) is Tensor and dy.shape == layout.shape and dy.dtype == layout.dtype and dy.device == y.device:
                 return dy
         else:
             dy = self.func(t, layout.unflatten(y), *self.args)

@@ -184,6 +184,9 @@ class _Run(ABC):
         """First evaluation, first step size, method and controller state."""
         plan = self.plan
         f0 = plan.field(plan.field.time(self.lo), self.y)
+        if not torch.is_grad_enabled():
+            # f may answer in the same memory every time, and is asked again before f0 is used.
+            f0 = f0.clone()
         self.nfe += 1
         with torch.no_grad():
             self.defined = self.layout.finite(f0) if self.readable else True
@@ -257,10 +260,14 @@ class _Run(ABC):
 
     def restarted(self, y: Tensor) -> Any:
         """Method state for a new start from ``y`` at the current time."""
+        return self.plan.method.init(self.plan.field, self.lo, self.dt, y, self.slope(y))
+
+    def slope(self, y: Tensor) -> Tensor:
+        """f at the current time and ``y``; a copy, since f may answer in the same memory every time."""
         field = self.plan.field
-        f0 = field(field.time(self.lo), y)
         self.nfe += 1
-        return self.plan.method.init(field, self.lo, self.dt, y, f0)
+        slope = field(field.time(self.lo), y)
+        return slope if self.grad else slope.clone()
 
     @abstractmethod
     def start(self) -> None:

@@ -50,7 +50,7 @@ class ErrorNorm:
         self._host_seen: tuple[Any, Any] = (None, None)
         numbers = isinstance(self.rtol, float) and isinstance(self.atol, float)
         self.on_host = _fits_host(layout) and norm is None and numbers
-        self._host_atol = self._atol.numpy() if self.on_host else None
+        self._host_atol = self.atol if self.on_host else None
 
     def _absolute(self, y: Tensor) -> Tensor:
         for seen, magnitude in self._seen:
@@ -89,7 +89,7 @@ class ErrorNorm:
         square = float(error.dot(error))
         # Kept for y1 only: a rejected step, the rarer case, computes |y0| again.
         self._host_seen = (y1, end)
-        return math.sqrt(square / self.layout.width) if square < math.inf else math.inf
+        return math.sqrt(square / max(self.layout.width, 1)) if square < math.inf else math.inf
 
     def __call__(self, x: Tensor, scale: Tensor) -> Any:
         """Norm of ``x / scale``: float in joint mode, else ``(B,)``. Call under ``no_grad``."""
@@ -118,7 +118,7 @@ HOST_LIMIT = 2048
 
 
 def _fits_host(layout: Any) -> bool:
-    small = layout.joint and layout.single and layout.width <= HOST_LIMIT
+    small = layout.joint and layout.is_tensor and layout.same_dtype and 0 < layout.width <= HOST_LIMIT
     return small and layout.device.type == "cpu" and not layout.dtype.is_complex
 
 

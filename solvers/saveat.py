@@ -67,9 +67,10 @@ class JointSaver:
             self.blocks.append(self.save.fn(time.to(self.save.time_dtype), self.layout.unflatten(y)))
 
     def start(self, y: Tensor) -> None:
-        self.done = 1
+        # Without a step to take, the start is every output.
+        self.done = self.total if self.save.kind == "t" and self.clock.start == self.clock.end else 1
         if self.save.kind != "final" or self.total == 1:
-            self._keep([self.clock.start], y.unsqueeze(0), 0)
+            self._keep(self.clock.outputs[: self.done], y.expand(self.done, *y.shape), 0)
 
     def pending(self, t1: float) -> tuple[int, int, int] | None:
         """Outputs (first, inner, last) of a step that ends at ``t1``; None if there are none."""

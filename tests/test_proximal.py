@@ -1,6 +1,8 @@
 """Implicit Euler as a minimisation: what it solves, what it counts, what it says when it cannot, and its derivatives."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -185,6 +187,24 @@ def test_dense_output_is_linear_and_its_derivative_is_the_slope():
     slope = solution.dense(double(0.2), derivative=1)[0]
     torch.testing.assert_close(slope, (ends[1] - ends[0]) / 0.5)
     torch.testing.assert_close(slope, cubic(0.5, ends[1]), rtol=1e-4, atol=1e-5)
+
+
+@rates
+@pytest.mark.parametrize("mode", ["joint", "samples", "groups"])
+def test_on_every_device(rate, mode, device):
+    y0 = torch.linspace(-1, 2, 12, dtype=torch.float64).view(4, 3)
+    index = torch.tensor([1, 0, 1, 1])
+
+    def run(where):
+        how = {"joint": {}, "samples": {"batch_dim": 0}, "groups": {"batch_index": index.to(where)}}[mode]
+        w = double(0.5).to(where).requires_grad_()
+        y = solve(lambda t, y: w * cubic(t, y), y0.to(where), [0.0, 1.0], method="prox_euler", rate=rate, rtol=1e-3, **how).y
+        (gradient,) = torch.autograd.grad(y[-1].sum(), w)
+        assert y.device.type == where.type
+        return y.detach().cpu(), gradient.cpu()
+
+    for found, expected in zip(run(device), run(torch.device("cpu")), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
 
 # --- what it costs ---------------------------------------------------------------------------------------------------------
@@ -507,6 +527,31 @@ def test_memory_of_a_recorded_step_does_not_grow_with_the_iterations():
     (loose, few), (tight, many) = saved(1.0), saved(1e-6)
     assert loose == tight
     assert few < many
+
+
+def test_recorded_steps_hold_no_reference_cycles():
+    """What a solve has recorded goes when the solution does, not when the garbage collector comes by."""
+
+    class Observed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(double(0.7))
+
+        def forward(self, t, y):
+            return -self.w * y**3
+
+    gc.collect()
+    gc.disable()
+    try:
+        model = Observed()
+        alive = weakref.ref(model)
+        y = solve(model, double(1.0, 2.0), [0.0, 1.0], method="prox_euler", num_steps=3).y[-1].sum()
+        (first,) = torch.autograd.grad(y, model.w, create_graph=True)
+        torch.autograd.grad(first.sum(), model.w)
+        del model, y, first
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_third_derivatives_are_refused():

@@ -36,7 +36,7 @@ def find(plan: Any, y0: Tensor) -> Captured:
         plan.field.func, plan.layout, pytree.tree_map_only(Tensor, Tensor.detach, plan.field.args), plan.field.time_dtype
     )
     parameters = [p for module in _modules(plan) for p in module.parameters() if p.requires_grad]
-    direct = {id(p): p for p in parameters}
+    direct: dict[int, Tensor] = {id(p): p for p in parameters}
     with torch.enable_grad():
         start = _sequence_number()
         roots = _evaluate(plan, field, y0)
@@ -68,11 +68,11 @@ class Strangers:
         # A known tensor with a history hides what lies behind it.
         self._hidden = {x.grad_fn for x in self._tensors if x.grad_fn is not None}
 
-    def refuse(self, roots: Iterable[Tensor], *own: Tensor) -> None:
+    def refuse(self, roots: Iterable[Tensor], own: Iterable[Tensor]) -> None:
         """Raise ``UnsupportedError`` if the graphs of ``roots`` lead to a leaf that is neither known nor ``own``."""
-        ids = {id(x) for x in own}
-        for leaf in _leaves((x.grad_fn for x in roots), self._hidden):
-            if id(leaf) not in self._ids and id(leaf) not in ids:
+        known = self._ids.union(map(id, own))
+        for leaf in _leaves([x.grad_fn for x in roots if x.grad_fn is not None], set(self._hidden)):
+            if id(leaf) not in known:
                 raise UnsupportedError(
                     f"f uses a captured tensor of shape {tuple(leaf.shape)} that requires a gradient and that it did not "
                     "use at the start of the solve, so its gradient would be lost: pass it in args=, or use "
@@ -112,7 +112,7 @@ def _boundary(roots: list[Tensor], start: int) -> tuple[dict[int, Tensor], dict[
     leaves: dict[int, Tensor] = {}
     crossings: dict[tuple[Any, int], None] = {}
     seen: set[Any] = set()
-    stack = [(x.grad_fn, x.output_nr) for x in roots if x.grad_fn is not None]
+    stack: list[tuple[Any, int]] = [(x.grad_fn, x.output_nr) for x in roots if x.grad_fn is not None]
     leaves.update({id(x): x for x in roots if x.grad_fn is None and x.requires_grad})
     while stack:
         node, number = stack.pop()
@@ -137,28 +137,27 @@ def _behind(crossings: Iterable[tuple[Any, int]], direct: dict[int, Tensor]) -> 
     mixed = len(set(nodes)) < len(nodes)
     for node in nodes:
         seen: set[Any] = set()
-        found.update({id(leaf): leaf for leaf in _leaves((f for f, _ in node.next_functions), set(), seen)})
+        found.update({id(leaf): leaf for leaf in _leaves([f for f, _ in node.next_functions if f is not None], seen)})
         mixed = mixed or any(other in seen for other in nodes)
     return found, mixed or any(key in direct for key in found)
 
 
-def _leaves(nodes: Iterable[Any], hidden: set[Any], seen: set[Any] | None = None) -> Iterator[Tensor]:
-    """Leaf tensors in the graph below ``nodes``, not looking behind ``hidden`` ones."""
-    seen = set() if seen is None else seen
-    stack = [node for node in nodes if node is not None]
+def _leaves(stack: list[Any], seen: set[Any]) -> Iterator[Tensor]:
+    """Leaf tensors in the graph below the nodes in ``stack``, not looking behind nodes in ``seen``, which is added to."""
     while stack:
         node = stack.pop()
-        if node in seen or node in hidden:
+        if node in seen:
             continue
         seen.add(node)
         following = node.next_functions
-        if not following:
+        if following:
+            for child, _ in following:
+                if child is not None and child not in seen:
+                    stack.append(child)
+        else:
             leaf = _variable(node)
             if leaf is not None:
                 yield leaf
-        for child, _ in following:
-            if child is not None:
-                stack.append(child)
 
 
 def _variable(node: Any) -> Tensor | None:

@@ -55,6 +55,10 @@ ADJOINTS.register("checkpoint", Checkpoint())
 # -- the forward pass -------------------------------------------------------------------------------------------------
 
 
+BLOCK = 1 << 20
+"""Bytes of a block of states."""
+
+
 class Point(NamedTuple):
     """Where a step starts: the flat state, and the method's, or None if that can be made from y."""
 
@@ -74,6 +78,8 @@ class Tape:
         self.records: list[Record] = []
         self.orders: list[Any] = []
         self.points: dict[int, Any] = {}
+        self._block: Any = ()
+        self._used = 0
 
     def __call__(self, record: Record) -> None:
         number = len(self.records)
@@ -81,14 +87,30 @@ class Tape:
             self.stride *= 2
             self.points = {i: point for i, point in self.points.items() if i % self.stride == 0}
         if number % self.stride == 0:
-            self.points[number] = Point(record.y, record.state)  # type: ignore[arg-type]
+            self.points[number] = Point(self._stored(record), record.state)
         # The controller chooses the order, so that repeating the steps does not bring it back.
         self.orders.append(getattr(record.state, "order", None))
         self.records.append(record._replace(y=None, state=None))
 
+    def _stored(self, record: Record) -> Tensor:
+        """The state before the step; small ones that are all kept are copied into blocks.
+
+        Left where they are, each would hold its place among what the solve allocates and frees, and nearly double what the
+        process takes.
+        """
+        y: Any = record.y
+        size = y.numel() * y.element_size()
+        if self.limit is not None or record.state is not None or not 4096 <= size <= BLOCK // 4:
+            return y
+        if self._used == len(self._block):
+            self._block, self._used = y.new_empty((BLOCK // size, *y.shape)), 0
+        self._used += 1
+        return self._block[self._used - 1].copy_(y)
+
     def pack(self) -> list[Tensor]:
         """Take the tensors out of the points, for the graph to keep."""
         tensors: list[Tensor] = []
+        self._block = ()
         for number, point in self.points.items():
             leaves, spec = pytree.tree_flatten(tuple(point))
             tensors += [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -238,14 +260,16 @@ class _Replay:
     """Carries the cotangents of y, of the method's state and of the node from each step to the one before."""
 
     def __init__(self, sweep: _Discrete, tensors: Sequence[Tensor], needed: Sequence[bool], values: Tensor | None) -> None:
-        self.sweep, self.layout, self.values = sweep, sweep.plan.layout, values
+        self.sweep, self.layout = sweep, sweep.plan.layout
+        self.values: Any = values
         self.records, self.orders = sweep.tape.records, sweep.tape.orders
         inputs = sweep.inputs
         self.inputs = inputs.detached(tensors, needed)
         with torch.enable_grad():
             self.plan = inputs.rebind(sweep.plan, self.inputs)
-            self.cut = _Cut(self.plan.clock)
-        self.graph = self.plan.clock.differentiable
+            self.clock: Any = self.plan.clock
+            self.cut = _Cut(self.clock)
+        self.graph = self.clock.differentiable
         # t is met through the clock only.
         self.constants = [x for x in self.inputs[2:] if x.requires_grad]
         self.strangers = Strangers(self.inputs)
@@ -278,10 +302,11 @@ class _Replay:
         raise NotImplementedError
 
     def first(self) -> Tensor | None:
-        """Cotangent of output 0, which is y0."""
+        """Cotangent of output 0, which is y0, as all outputs of an empty interval are."""
         if self.values is None or self.plan.save.kind == "final":
             return None
-        return self.values[0]
+        empty = self.layout.joint and self.clock.start == self.clock.end
+        return self.values.sum(0) if empty else self.values[0]
 
     # What they share.
 
@@ -330,7 +355,7 @@ class _Replay:
         pairs = [(x, c) for x, c in pairs if c is not None and x.requires_grad]
         sources = [y, *self.constants, *(x for x in leaves if x.requires_grad)]
         nodes = [lo, *self.cut.leaves(record)] if self.graph else []
-        self.strangers.refuse([x for x, _ in pairs], *sources, *nodes)
+        self.strangers.refuse([x for x, _ in pairs], sources + nodes)
         if not pairs:
             self.y, self.state, self.node = None, [None] * len(leaves), None
             return
@@ -374,8 +399,8 @@ class _Replay:
         """(dt, end) of a step."""
         if not graph:
             return record.h, record.t1
-        self.plan.clock.next = record.stop
-        return self.plan.clock.graph(lo, record.t1, record.h, record.hit)
+        self.clock.next = record.stop
+        return self.clock.graph(lo, record.t1, record.h, record.hit)
 
     def restarted(self, record: Record, t: Any, y: Tensor) -> tuple[Any, int]:
         """The method's state for a new start after a jump, and the calls of f that took."""
@@ -431,7 +456,7 @@ class _JointReplay(_Replay):
         first, inner, last = pending
         if last > inner:
             self._more(self.values[inner])
-        return joint_values(segment, self.plan.clock, first, inner, inner), (self.values[first:inner],)
+        return joint_values(segment, self.clock, first, inner, inner), (self.values[first:inner],)
 
     def _more(self, cotangent: Tensor) -> None:
         self.y = cotangent if self.y is None else self.y + cotangent
@@ -465,7 +490,7 @@ class _RowReplay(_Replay):
         if self.plan.save.kind == "final":
             own = self.values[0]
         else:
-            number = self.plan.clock.counts - 1
+            number = self.clock.counts - 1
             own = self._gather(number.clamp(min=0).unsqueeze(0), (self.sweep.reached & (number > 0)).unsqueeze(0))[0]
         self.y = own if last is None else last + own
 
@@ -509,7 +534,7 @@ class _RowReplay(_Replay):
         if not most:
             return (), ()
         offset = torch.arange(most, device=self.layout.device).unsqueeze(1)
-        values = row_values(segment, self.plan.clock, self.layout, done + offset, inner > 0)[1]
+        values = row_values(segment, self.clock, self.layout, done + offset, inner > 0)[1]
         return (values,), (self._gather(done + offset, offset < count),)
 
     def again(self, record, lo, y, state, graph):

@@ -187,7 +187,7 @@ def _apply_save(plan: Plan, trajectory: Trajectory) -> Any:
 
 
 def _travelled(plan: Plan, t: Any) -> Any:
-    sign = plan.clock.sign
+    sign: Any = plan.clock.sign
     return t * (sign.unsqueeze(1) if isinstance(t, Tensor) and t.dim() == 2 else sign)
 
 

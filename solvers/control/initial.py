@@ -25,7 +25,8 @@ def initial_step(field: Any, norm: Any, t0: Any, y0: Tensor, f0: Tensor, error_o
     h0 = ops.where(small, 1e-6, 0.01 * d0 / ops.maximum(d1, 1e-30))
     # Where f is not finite nothing is known, but f must still be asked at a time that is a number.
     h0 = ops.where(ops.isfinite(d1), h0, 0.0)
-    h0 = _as_time(ops.minimum(h0, abs(span)), layout)
+    # A shade less than the span, so that t0 + h0 does not round to a time outside.
+    h0 = _as_time(ops.minimum(h0, abs(span) * (1.0 - 2.0**-52)), layout)
     step = layout.spread(ops.copysign(h0, span))
     f1 = field(field.time(t0 + ops.copysign(h0, span)), y0 + step * f0)
     d2 = norm(f1 - f0, scale) / ops.maximum(h0, 1e-300)

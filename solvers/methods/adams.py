@@ -163,7 +163,7 @@ def extrapolated_midpoint(order: int) -> Tableau:
     """The explicit Runge-Kutta method of even ``order`` that extrapolates Gragg's midpoint rule.
 
     The midpoint rule with n = 2, 4, .., ``order`` substeps has an error in even powers of 1/n, and ``order / 2`` results
-    remove as many of them (HNW II.9, sequence 9.6 doubled; without the smoothing step, which the order does not need).
+    remove as many of them (HNW II.9, the harmonic sequence doubled; no smoothing step, which the order does not need).
     """
     sequence = range(2, order + 1, 2)
     c: list[float] = [0.0]
@@ -207,7 +207,7 @@ class FixedAdams(Method):
     order: int = 4
 
     one_step: ClassVar[bool] = False
-    error_order: ClassVar[int | None] = None
+    error_order: ClassVar[int | None] = None  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         _check_order("order", self.order)
@@ -290,8 +290,8 @@ class ExplicitAdams(FixedAdams):
         order: 1 to 12.
     """
 
-    name: ClassVar[str] = "explicit_adams"
-    reference: ClassVar[str] = "Bashforth & Adams 1883; Hairer, Nørsett & Wanner I, III.1 and III.5"
+    name: ClassVar[str] = "explicit_adams"  # type: ignore[misc]
+    reference: ClassVar[str] = "Bashforth & Adams 1883; Hairer, Nørsett & Wanner I, III.1 and III.5"  # type: ignore[misc]
 
     def formula(self, field: Any, t0: Any, dt: Any, y0: Tensor, past: Any, steps: Any, active: Any) -> StepOut:
         y1 = _combine(field.layout, y0, explicit_weights(dt, steps), past)
@@ -318,8 +318,8 @@ class ImplicitAdams(FixedAdams):
     max_corrections: int | None = None
     corrector_tol: float | None = None
 
-    name: ClassVar[str] = "implicit_adams"
-    reference: ClassVar[str] = "Moulton 1926; Hairer, Nørsett & Wanner I, III.1 and III.5"
+    name: ClassVar[str] = "implicit_adams"  # type: ignore[misc]
+    reference: ClassVar[str] = "Moulton 1926; Hairer, Nørsett & Wanner I, III.1 and III.5"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -402,9 +402,9 @@ class VariableAdams(Method):
     _: KW_ONLY
     max_order: int = HIGHEST_ORDER
 
-    name: ClassVar[str] = "abm"
-    error_order: ClassVar[int | None] = 2
-    reference: ClassVar[str] = "Hairer, Nørsett & Wanner I, III.5 and III.7; Shampine & Gordon 1975"
+    name: ClassVar[str] = "abm"  # type: ignore[misc]
+    error_order: ClassVar[int | None] = 2  # type: ignore[misc]
+    reference: ClassVar[str] = "Hairer, Nørsett & Wanner I, III.5 and III.7; Shampine & Gordon 1975"  # type: ignore[misc]
     one_step: ClassVar[bool] = False
     variable_order: ClassVar[bool] = True
     controller: ClassVar[str] = "order"

@@ -21,6 +21,7 @@ The Python version is fast for a few numbers; the tensor version (0-dim or ``(B,
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def integrals(s: Any) -> Any:
         g = [1.0]
         for last in s:
             reach = 1.0 + last
-            c = [a - b / reach for a, b in zip(c, c[1:])]
+            c = [a - b / reach for a, b in pairwise(c)]
             g.append(c[0])
         return g
     rows = _column(torch.arange(1, len(s) + 2, dtype=s.dtype, device=s.device), s).reciprocal()
@@ -68,7 +69,7 @@ def continuation(s: Any) -> Any:
     """beta_0 .. beta_{K-1} (HNW 5.9): what takes differences at t_n to the new point; a list, or ``(K, ...)``."""
     if not isinstance(s, Tensor):
         beta = [1.0]
-        for near, far in zip(s, s[1:]):
+        for near, far in pairwise(s):
             beta.append(beta[-1] * ((1.0 + near) / far))
         return beta
     return torch.cat([torch.ones_like(s[:1]), ((1.0 + s[:-1]) / s[1:]).cumprod(0)])

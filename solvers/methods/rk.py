@@ -192,8 +192,8 @@ class RungeKutta(Method):
         """d^n/dtheta^n b_i(theta), ``(n, [B,] s)``, float64."""
         if derivative == 0 and theta.dim() == 1 and theta.device.type == "cpu" and not theta.requires_grad:
             # A handful of numbers: numpy takes a fraction of the time.
-            exponents, P = _host_extension(self.tableau, stages)
-            return torch.from_numpy((theta.numpy()[:, None] ** exponents).dot(P))
+            exponents, columns = _host_extension(self.tableau, stages)
+            return torch.from_numpy((theta.numpy()[:, None] ** exponents).dot(columns))
         powers, P = _extension(self.tableau, theta.device)
         if derivative == 0:
             # Horner's rule, not a matrix product, whose rounding depends on its size and so on the batch.
@@ -209,7 +209,7 @@ class RungeKutta(Method):
 
     def ratio(self, norm: Any, y0: Tensor, out: StepOut) -> Any:
         dt, stages, rows = out.error.dt, out.error.stages, self.tableau.b_error
-        if norm.on_host and not isinstance(dt, Tensor):
+        if norm.on_host and stages.on_host and not isinstance(dt, Tensor):
             ratios = [stages.ratio(norm, dt, row, y0, out.y1) for row in rows]
         else:
             scale = norm.scale(y0, out.y1)

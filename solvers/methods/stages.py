@@ -38,6 +38,11 @@ def weighted_sum(weights: tuple[float, ...], stages: list[Tensor]) -> Tensor | N
     return total
 
 
+@functools.lru_cache(maxsize=1024)
+def _array(weights: tuple[float, ...], dtype: Any) -> np.ndarray:
+    return np.array(weights, dtype=dtype)
+
+
 def _shaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """``x`` itself where it has that shape: autograd would record even a change that is none."""
     return x if x.shape == shape else x.reshape(shape)
@@ -51,6 +56,8 @@ class ListStages:
 
     scaled = False
     """Whether ``matrix`` holds dt k_i rather than k_i."""
+    on_host = True
+    """Whether ``ratio`` can measure the error by numpy."""
 
     def __init__(self, layout: Any) -> None:
         self.layout = layout
@@ -91,10 +98,13 @@ class ListStages:
             total = torch.zeros_like(self.k[0])
         return _shaped(total, self.layout.shape) * (self.layout.spread(dt.detach()) if isinstance(dt, Tensor) else dt)
 
+    @torch.no_grad()
     def ratio(self, norm: Any, dt: float, weights: tuple[float, ...], y0: Tensor, y1: Tensor) -> float:
         """Norm of :meth:`error`, by numpy (where the norm is ``on_host``)."""
-        k = self.k[0].new_empty(0)
-        return k
+        count = len(weights)
+        stages = torch.stack(self.k[:count]).view(count, -1).numpy()
+        error = _array(weights, stages.dtype).dot(stages)
+        return abs(dt) * norm.host_ratio(error, y0.detach().numpy(), y1.detach().numpy())
 
     def matrix(self) -> Tensor:
         """All stages, ``(s, *layout.shape)``."""
@@ -123,6 +133,7 @@ class BufferStages:
     """
 
     scaled = False
+    on_host = False
 
     def __init__(self, layout: Any, rows: int) -> None:
         self.layout = layout
@@ -257,6 +268,8 @@ class HostStages(BufferStages):
 
     Every array that f or the loop gets to see is new; only the stages live in shared memory.
     """
+
+    on_host = True
 
     def __init__(self, layout: Any, rows: int) -> None:
         super().__init__(layout, rows)

@@ -16,16 +16,18 @@ RATES = ("cg", "line_search", "constant")
 POWELL = 0.2
 """Successive residuals this far from orthogonal belong to no symmetric M (Powell 1977, Math. Program. 12, 241-254)."""
 
-PARALLEL = 1 - 1e-6
-"""Squared cosine of the angle between two directions above which the second is not made orthogonal to the first."""
+WINDOW = 10
+"""Images M p that the next one is made orthogonal to where M is not symmetric. A symmetric M needs none or one."""
+NOTHING = 1e-12
+"""Share of |M p|**2 below which what is left of it, made orthogonal, is noise."""
 
 
 class CGState(NamedTuple):
     """Where the conjugate directions stand.
 
     p, slope: the next direction and <p, r>. r, rr: the residual and its square. point: of linearisation. eta: the constant
-    rate. known, seen: the largest curvature, with what earlier steps in time knew and without. pair: the last (p, M p), or
-    None. skew: samples whose M has turned out not to be symmetric. memory: as it was at the start.
+    rate. known, seen: the largest curvature, with what earlier steps in time knew and without. skew: samples whose M has
+    turned out not to be symmetric. window: (p, M p, 1 / |M p|**2, 0 for other samples) of theirs. memory: of the start.
     """
 
     p: Tensor
@@ -36,8 +38,8 @@ class CGState(NamedTuple):
     eta: Any
     known: Any
     seen: Any
-    pair: Any
     skew: Any
+    window: tuple[tuple[Tensor, Tensor, Any], ...]
     memory: Any
 
 
@@ -110,7 +112,7 @@ class ConjugateGradient(InnerOptimizer):
         rr = problem.dot(point.r, point.r)
         none = problem.ops.where(running, False, False)
         seen = problem.ops.where(running, 1.0, 1.0)
-        return CGState(-point.r, -rr, point.r, rr, point, eta, known, seen, None, none, memory)
+        return CGState(-point.r, -rr, point.r, rr, point, eta, known, seen, none, (), memory)
 
     def curvature(self, state: CGState) -> Any:
         return state.known
@@ -124,7 +126,8 @@ class ConjugateGradient(InnerOptimizer):
     def step(self, problem: InnerProblem, z: Tensor, r: Tensor, state: CGState, running: Any) -> InnerStep:
         p, mp, alpha, seen = problem.keep(running, state.p, 0.0), None, state.eta, state.seen
         if self.searches:
-            p, mp, alpha, seen = self._search(problem, p, r, state, running)
+            p, mp, alpha, seen, window = self._search(problem, p, r, state, running)
+            state = state._replace(window=window)
         wide = problem.layout.spread(alpha)
         z = z + wide * p
         evaluated: Point | None = None
@@ -137,31 +140,47 @@ class ConjugateGradient(InnerOptimizer):
             evaluated, z, r = point, point.z, point.r
         state = self._turn(problem, p, r, state, running)
         known = problem.ops.maximum(state.known, seen)
-        return InnerStep(z, r, state._replace(point=point, known=known, seen=seen, pair=(p, mp)), evaluated)
+        return InnerStep(z, r, state._replace(point=point, known=known, seen=seen), evaluated)
 
     def _search(
         self, problem: InnerProblem, p: Tensor, r: Tensor, state: CGState, running: Any
-    ) -> tuple[Tensor, Tensor, Any, Any]:
-        """p, M p, alpha and the largest curvature seen."""
+    ) -> tuple[Tensor, Tensor, Any, Any, Any]:
+        """p, M p, alpha, the largest curvature seen, and the window."""
         ops = problem.ops
         mp = problem.jv(state.point, p)
         skew = running & state.skew
-        general = any_true(skew)
-        if general and state.pair is not None:
-            last, image = state.pair
-            cross, square = problem.dot(mp, image), problem.dot(image, image)
-            # Nothing but noise is left of a direction whose image is parallel to the last one.
-            new = skew & (cross * cross < PARALLEL * square * problem.dot(mp, mp))
-            wide = problem.layout.spread(ops.where(new, problem.ratio(-cross, square), 0.0))
-            p, mp = p + wide * last, mp + wide * image
-        curved = problem.dot(p, mp)
+        curved, window = problem.dot(p, mp), state.window
         rayleigh = problem.ratio(curved, problem.dot(p, p))
         seen = ops.where(running & (rayleigh > state.seen), rayleigh, state.seen)
         alpha = problem.ratio(-state.slope, curved)
-        if general:
+        if any_true(skew):
+            p, mp, weight, window = self._orthogonal(problem, p, mp, window, skew)
+            window = (*window[1 - WINDOW :], (p, mp, ops.where(skew, weight, 0.0)))
             # Least |r'| instead of least energy.
-            alpha = ops.where(skew, problem.ratio(-problem.dot(r, mp), problem.dot(mp, mp)), alpha)
-        return p, mp, alpha, seen
+            alpha = ops.where(skew, -problem.dot(r, mp) * weight, alpha)
+        return p, mp, alpha, seen, window
+
+    def _orthogonal(
+        self, problem: InnerProblem, p: Tensor, mp: Tensor, window: Any, skew: Any
+    ) -> tuple[Tensor, Tensor, Any, Any]:
+        """p and M p without the components of M p along the images in the window, 1 / |M p|**2, and the window.
+
+        Where that leaves nothing, a step within what has been searched is in vain: NaN ends the round. But where M changes
+        from one iterate to the next, the images are outdated: they go, and p is as good as it was.
+        """
+        ops, spread = problem.ops, problem.layout.spread
+        before, q, mq = problem.dot(mp, mp), p, mp
+        for old, image, weight in window:
+            wide = spread(problem.dot(mq, image) * weight)
+            q, mq = q - wide * old, mq - wide * image
+        after = problem.dot(mq, mq)
+        new = after > NOTHING * before
+        if self.rate == "cg":
+            after = ops.where(new, after, 0.0)
+        else:
+            window = tuple((old, image, ops.where(new, weight, 0.0)) for old, image, weight in window)
+            skew, after = skew & new, ops.where(new, after, before)
+        return problem.keep(skew, q, p), problem.keep(skew, mq, mp), problem.ratio(1.0, after), window
 
     def _turn(self, problem: InnerProblem, p: Tensor, r: Tensor, state: CGState, running: Any) -> CGState:
         """The next direction."""
@@ -185,7 +204,7 @@ class ConjugateGradient(InnerOptimizer):
         r, rr = point.r, problem.dot(point.r, point.r)
         p, slope = self._descend(problem, state.p, r, rr)
         p, slope = problem.keep(again, -r, p), problem.ops.where(again, -rr, slope)
-        return state._replace(p=p, slope=slope, r=r, rr=rr, point=point, pair=None)
+        return state._replace(p=p, slope=slope, r=r, rr=rr, point=point, window=())
 
 
 for _name in BETA:
