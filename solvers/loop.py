@@ -184,7 +184,7 @@ class _Run(ABC):
         """First evaluation, first step size, method and controller state."""
         plan = self.plan
         f0 = plan.field(plan.field.time(self.lo), self.y)
-        if not torch.is_grad_enabled():
+        if not self.grad:
             # f may answer in the same memory every time, and is asked again before f0 is used.
             f0 = f0.clone()
         self.nfe += 1
@@ -242,7 +242,7 @@ class _Run(ABC):
         elif self.readable:
             ratio = ops.where(self.layout.finite(out.y1), 0.0, math.inf)
         else:
-            ratio = 0.0
+            ratio = 0.0 if self.layout.joint else torch.zeros_like(self.clock.start)
         if out.status is None:
             return ratio
         good = out.status == Status.SUCCESS
@@ -440,13 +440,13 @@ class _RowRun(_Run):
             if forced is not None:
                 accept = accept | forced
                 self.forced = self.forced + forced
-            reject = self.active & ~accept
-            bad = reject & self._stuck(h) if plan.controller.adaptive else reject
+            reject = self.active > accept
+            bad = self._hopeless(reject, h)
             done = clock.finishes(accept, t1)
             count, inside = self.saver.pending(accept, t1) if self.saver.interior else (None, None)
             jumping = clock.jumping(accept, t1)
             flags = self._read(done, bad, reject, error, accept & hit, jumping, count, inside)
-            dt = self._next_dt(h * decision.factor, accept & hit if flags.hit and not clock.single else None)
+            dt = self._next_dt(h * decision.factor, accept & hit if flags.hit else None)
         if flags.redo:
             out, step = self._redo(error, step)
         if out.inner is not None and plan.method.implicit:
@@ -461,28 +461,46 @@ class _RowRun(_Run):
         if flags.bad or flags.done:
             self.running = flags.running
         if plan.controller.adaptive:
-            if flags.done or flags.bad:
+            if flags.done:
                 # The last clip says nothing about the error: the step wanted before it is what to go on with.
-                wanted = torch.where(done & (dt.abs() < self.dt.abs()), self.dt, dt)
-                self.dt_last = torch.where(done | bad, wanted, self.dt_last)
+                wanted = torch.copysign(torch.maximum(dt.abs(), self.dt.abs()), dt)
+                self.dt_last = torch.where(done, wanted, self.dt_last)
+            if flags.bad:
+                self.dt_last = torch.where(bad, dt, self.dt_last)
             self.dt = dt
         if plan.observer is not None:
             self._observe(Step(t1, h, self.layout.unflatten(self.y), error if plan.controller.adaptive else None, accept))
 
+    def _hopeless(self, reject: Tensor, h: Tensor) -> Tensor | None:
+        """Samples that fail with this rejection; None if that was not asked."""
+        if not self.plan.controller.adaptive:
+            return reject
+        # A step below rounding can only be rejected again, so one look in eight attempts finds it soon enough.
+        if self.plan.dt_min or self.attempts % 8 == 0:
+            return reject & self._stuck(h)
+        return None
+
     def _read(self, done, bad, reject, error, hit, jumping, count, inside) -> _Flags:
         """The one read of this step: how many samples ended, failed, hit a stop, met a NaN, jump."""
-        masks = [done, bad, hit]
+        masks = {"done": done}
+        if bad is not None:
+            masks["bad"] = bad
+        if not self.clock.single:
+            masks["hit"] = hit
         if self.grad:
-            masks.append(reject & ~torch.isfinite(error))
-        masks += jumping.values()
-        values = torch.stack(masks).sum(1)
+            masks["redo"] = reject & ~torch.isfinite(error)
+        masks |= jumping
+        values = torch.stack(list(masks.values())).sum(1) if len(masks) > 1 else done.sum().unsqueeze(0)
         if count is not None:
             values = torch.cat([values, torch.stack([count, inside]).amax(1)])
         read = values.tolist()
-        self.left -= read[0] + read[1]
+        found = dict(zip(masks, read, strict=False))
         most, inner = read[-2:] if count is not None else (0, 0)
-        jumps = tuple(j for j, flag in zip(jumping, read[4 if self.grad else 3 :], strict=False) if flag)
-        return _Flags(self.left > 0, bool(read[0]), bool(read[1]), bool(read[2]), bool(self.grad and read[3]), jumps, most, inner)
+        ended, failed = found["done"], found.get("bad", 0)
+        self.left -= ended + failed
+        jumps = tuple(j for j in jumping if found[j])
+        hits = bool(found.get("hit", 0))
+        return _Flags(self.left > 0, bool(ended), bool(failed), hits, bool(found.get("redo", 0)), jumps, most, inner)
 
     def _redo(self, error: Tensor, step: Tensor) -> tuple[Any, Tensor]:
         """The step again, with samples that met a NaN standing still: 0 * NaN would poison the gradient of all."""

@@ -13,6 +13,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from solvers import METHODS, ArgumentError, InnerSolverError, Jump, Status, solve
+from solvers.control.order import OrderController
 from solvers.methods.adams import extrapolated_midpoint, start_method
 from solvers.methods.adams_weights import explicit_weights, implicit_weights
 
@@ -276,35 +277,35 @@ def two_bodies(t: Tensor, y: Tensor) -> Tensor:
 TWO_BODIES = torch.tensor([0.7, 0.0, 0.0, math.sqrt(1.3 / 0.7)], dtype=DOUBLE)
 
 
-def test_abm_needs_few_evaluations_and_high_orders() -> None:
-    t = torch.tensor([0.0, 4 * math.pi], dtype=DOUBLE)
-    orders, taken = [], {}
-    tight = {"rtol": 1e-10, "atol": 1e-10}
+TIGHT = {"rtol": 1e-10, "atol": 1e-10}
+TWO_PERIODS = torch.tensor([0.0, 4 * math.pi], dtype=DOUBLE)
+
+
+def test_abm_needs_few_evaluations_at_tight_tolerances() -> None:
+    taken = {}
     for name in ("dopri5", "dop853", "abm"):
-        taken[name] = solve(two_bodies, TWO_BODIES, t, method=name, **tight).stats.nfe
+        sol = solve(two_bodies, TWO_BODIES, TWO_PERIODS, method=name, **TIGHT)
+        assert (sol.y[-1] - TWO_BODIES).abs().max() < 1e-7
+        taken[name] = sol.stats.nfe
     field = lambda t, y: two_bodies(t, torch.from_numpy(y)).numpy()
-    taken["LSODA"] = solve_ivp(field, (0, 4 * math.pi), TWO_BODIES.numpy(), method="LSODA", **tight).nfev
+    lsoda = solve_ivp(field, (0, 4 * math.pi), TWO_BODIES.numpy(), method="LSODA", **TIGHT)
     assert taken["abm"] < 0.35 * taken["dopri5"]
     assert taken["abm"] < 0.65 * taken["dop853"]
-    assert taken["abm"] < taken["LSODA"]
-    controller = Watched(orders)
-    sol = solve(two_bodies, TWO_BODIES, t, method="abm", controller=controller, **tight)
-    assert max(orders) >= 8
-    assert (sol.y[-1] - TWO_BODIES).abs().max() < 1e-7
-    orders.clear()
-    solve(two_bodies, TWO_BODIES, t, method="abm", controller=controller, max_order=5, **tight)
-    assert max(orders) == 5
+    assert taken["abm"] < lsoda.nfev
 
 
-def Watched(orders: list[int]):
-    from solvers import CONTROLLERS
+@pytest.mark.parametrize(("highest", "least"), [(12, 8), (5, 5), (1, 1)])
+def test_abm_raises_its_order(highest: int, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    orders, update = [], OrderController.update
 
-    class Controller(type(CONTROLLERS["order"])):  # type: ignore[misc]
-        def update(self, ops, ratio, error_order, state, method_state):
-            orders.append(int(method_state.order) if isinstance(method_state.order, int) else int(method_state.order.max()))
-            return super().update(ops, ratio, error_order, state, method_state)
+    def watched(self, ops, ratio, error_order, state, method_state):
+        orders.append(method_state.order)
+        return update(self, ops, ratio, error_order, state, method_state)
 
-    return Controller()
+    monkeypatch.setattr(OrderController, "update", watched)
+    end = TWO_PERIODS if highest > 1 else TWO_PERIODS / 1e4
+    solve(two_bodies, TWO_BODIES, end, method="abm", max_order=highest, **TIGHT)
+    assert orders[0] == 1 and least <= max(orders) <= highest
 
 
 def test_abm_evaluations_per_step() -> None:

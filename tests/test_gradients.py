@@ -53,7 +53,7 @@ def output_times(batch_dim: int | None, device: torch.device) -> Tensor:
     t = double(0.0, 0.22, 0.58, 0.93, device=device)
     if batch_dim is None:
         return t
-    return torch.stack([t.detach(), 1.3 - 0.8 * t.detach()]).requires_grad_()
+    return torch.stack([t.detach(), 1.3 - 0.45 * t.detach()]).requires_grad_()
 
 
 def run(name: str, batch_dim: int | None, grid: dict):
@@ -80,12 +80,12 @@ def test_first_derivatives_to_state_times_and_arguments(name, batch_dim, grid, d
 @EACH_FIXED
 def test_second_derivatives_to_state_times_and_arguments(name, batch_dim, device):
     # One step more than the start of a multistep method of order 4, and the fewest numbers.
-    t = double(0.0, 0.25, 0.5, device=device)
+    t = double(0.0, 0.3, 0.5, device=device)
     y0, rate = double(0.6, device=device), double(0.3, device=device)
 
     def solution(y0: Tensor, t: Tensor, rate: Tensor) -> Tensor:
         times = t if batch_dim is None else torch.stack([t, 0.9 * t + 0.1])
-        state = y0.unsqueeze(0) if batch_dim is None else torch.stack([y0, 0.7 * y0]).unsqueeze(1)
+        state = y0 if batch_dim is None else torch.stack([y0, 0.7 * y0])
         f = lambda t, y, rate: torch.sin(t + 1).unsqueeze(-1) * y - rate * y**3
         steps = 4 if not METHODS[name].one_step else 2
         return solve(f, state, times, method=name, batch_dim=batch_dim, args=(rate,), num_steps=steps, **tight(name)).y[1:]
@@ -290,6 +290,6 @@ def test_transforms_of_what_depends_on_values_are_refused(name, transform, devic
 def test_derivatives_of_complex_states(name, device):
     wave = SMOOTH[2]
     y0 = wave.exact(torch.zeros(1, dtype=torch.float64))[0].to(device).requires_grad_()
-    t = double(0.0, 0.2, 0.5, device=device)
+    t = double(0.0, 0.23, 0.5, device=device)
     solution = lambda y0, t: solve(wave.f, y0, t, method=name, num_steps=5, **tight(name)).y
     assert gradcheck(solution, (y0, t), rtol=1e-5, atol=1e-7)

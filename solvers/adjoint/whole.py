@@ -168,22 +168,39 @@ def _counted(trajectory: Trajectory, work: int) -> Trajectory:
 
 def _apply_save(plan: Plan, trajectory: Trajectory) -> Any:
     """A tree of ``(T, ...)``: ``save.fn`` at every output that was reached, NaN at the others."""
-    layout, values, times = plan.layout, trajectory.values, trajectory.t.detach()
-    if layout.joint:
-        known = torch.isfinite(times) & (_travelled(plan, times) <= _travelled(plan, trajectory.t_last))
-    else:
-        known = torch.isfinite(times) & (_travelled(plan, times) <= _travelled(plan, trajectory.t_last).unsqueeze(1))
+    layout, save, times = plan.layout, plan.save, _output_times(plan, trajectory)
+    at = times.detach()
+    end = _travelled(plan, trajectory.t_last)
+    known = torch.isfinite(at) & (_travelled(plan, at) <= (end if layout.joint else end.unsqueeze(1)))
     trees = []
-    for i, y in enumerate(values.unbind(0)):
+    for i, y in enumerate(trajectory.values.unbind(0)):
         if layout.joint and not known[i]:
             continue
-        here, time = known[..., i], times[..., i]
+        time = times[..., i]
         if not layout.joint:
             # fn must not see the NaN of what was not reached: its gradient would be NaN for all.
-            y = torch.where(layout.per_row(here).unsqueeze(-1), y, trajectory.y_last.detach())
-            time = torch.where(here, time, trajectory.t_last)
-        trees.append(plan.save.fn(time.to(plan.save.time_dtype), layout.unflatten(y)))  # type: ignore[misc]
+            y = torch.where(layout.per_row(known[:, i]).unsqueeze(-1), y, trajectory.y_last.detach())
+            time = torch.where(known[:, i], time, trajectory.t_last)
+        trees.append(save.fn(time.to(save.time_dtype), layout.unflatten(y)))  # type: ignore[misc]
     return pytree.tree_map(lambda *x: _stack(layout, list(x), known), *trees)
+
+
+def _output_times(plan: Plan, trajectory: Trajectory) -> Tensor:
+    """Times of the outputs, ``(T,)`` or ``(B, T)``; those that are the user's carry their gradient."""
+    t, found, kind = plan.times.t, trajectory.t, plan.save.kind  # type: ignore[union-attr]
+    if kind == "t":
+        return t
+    if plan.layout.joint:
+        last = t[-1:] if trajectory.t_last == plan.clock.end else found[-1:]
+    else:
+        clock: Any = plan.clock
+        last = t.gather(1, (clock.counts - 1).clamp(min=0).unsqueeze(1))
+        last = torch.where((trajectory.t_last == clock.end).unsqueeze(1), last, found[:, -1:])
+    if kind == "final":
+        return last
+    if not plan.layout.joint:
+        return torch.cat([t[:, :1], found[:, 1:]], 1)
+    return torch.cat([t[:1], found[1:-1], last]) if len(found) > 1 else t[:1]
 
 
 def _travelled(plan: Plan, t: Any) -> Any:

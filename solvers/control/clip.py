@@ -156,7 +156,7 @@ class RowClock:
         self.end = values.gather(1, last).squeeze(1)
         self.sign = torch.where(self.end >= self.start, 1.0, -1.0).to(values)
         self.keys = torch.nan_to_num(values * self.sign.unsqueeze(1), nan=torch.inf).contiguous()
-        self.fixed_dt = fixed_dt
+        self.fixed_dt: Any = fixed_dt
         self.fixed = fixed_dt is not None
         self.touch = 1.0 + (TOUCH_FIXED if self.fixed else TOUCH)
         self._collect(stops, t.gather(1, last).squeeze(1))
@@ -182,7 +182,7 @@ class RowClock:
         self.stop_source = source.gather(1, order)
         self.stop_values = self.stop_source.detach()
         self.single = keys.shape[1] == 1
-        self._only = (self.stop_values[:, 0], self.stop_source[:, 0])
+        self._only: tuple[Tensor, Tensor | None] = (self.stop_values[:, 0], self.stop_source[:, 0])
 
     def cut(self, leaf: Callable[[Any], Any]) -> None:
         """Put ``leaf(x)`` in the place of every x that may be a function of the user's times (None among them)."""

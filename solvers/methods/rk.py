@@ -190,7 +190,8 @@ class RungeKutta(Method):
 
     def _weights(self, theta: Tensor, derivative: int, stages: int) -> Tensor:
         """d^n/dtheta^n b_i(theta), ``(n, [B,] s)``, float64."""
-        if derivative == 0 and theta.dim() == 1 and theta.device.type == "cpu" and not theta.requires_grad:
+        plain = theta.device.type == "cpu" and not theta.requires_grad and not transforms_active()
+        if derivative == 0 and theta.dim() == 1 and plain:
             # A handful of numbers: numpy takes a fraction of the time.
             exponents, columns = _host_extension(self.tableau, stages)
             return torch.from_numpy((theta.numpy()[:, None] ** exponents).dot(columns))
