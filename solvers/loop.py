@@ -115,8 +115,9 @@ class Times(NamedTuple):
 
     def clock(self, layout: Layout, jumps: tuple[Jump, ...]) -> JointClock | RowClock:
         t = self.t
-        stops: list[tuple[Any, int | None]] = [(time, None) for time in self.step_t]
-        stops += [(jump.t, number) for number, jump in enumerate(jumps)]
+        # Those that may carry a gradient come first: of coinciding ones the first counts.
+        stops: list[tuple[Any, int | None]] = [(jump.t, number) for number, jump in enumerate(jumps)]
+        stops += [(time, None) for time in self.step_t]
         if self.fixed == "grid":
             inner = t[..., 1:-1] if t.requires_grad else t[..., 1:-1].detach()
             columns = inner.unbind(-1) if inner.requires_grad or not layout.joint else inner.tolist()
@@ -331,9 +332,9 @@ class _JointRun(_Run):
     def _keep(self, out, decision, t1, h, hit, step, end) -> None:
         plan, clock = self.plan, self.clock
         lo, before, state, stop = self.lo if clock.differentiable else self.t, self.y, self.state, clock.next
-        jumps = clock.jumps(True, hit)
+        jumps, tied = clock.jumps(True, hit), clock.tied(hit)
         ended = clock.advance(True, hit)
-        pending = self.saver.pending(t1)
+        pending = self.saver.pending(t1, tied)
         interior = pending is not None and pending[1] > pending[0]
         dense, interpolate = self.interpolator(out, interior)
         if plan.dense:
@@ -441,9 +442,9 @@ class _RowRun(_Run):
                 accept = accept | forced
                 self.forced = self.forced + forced
             reject = self.active > accept
-            bad = self._hopeless(reject, h)
+            bad = reject & self._stuck(h) if plan.controller.adaptive else reject
             done = clock.finishes(accept, t1)
-            count, inside = self.saver.pending(accept, t1) if self.saver.interior else (None, None)
+            count, inside = self.saver.pending(accept, t1, clock.tied(hit)) if self.saver.interior else (None, None)
             jumping = clock.jumping(accept, t1)
             flags = self._read(done, bad, reject, error, accept & hit, jumping, count, inside)
             dt = self._next_dt(h * decision.factor, accept & hit if flags.hit else None)
@@ -471,32 +472,21 @@ class _RowRun(_Run):
         if plan.observer is not None:
             self._observe(Step(t1, h, self.layout.unflatten(self.y), error if plan.controller.adaptive else None, accept))
 
-    def _hopeless(self, reject: Tensor, h: Tensor) -> Tensor | None:
-        """Samples that fail with this rejection; None if that was not asked."""
-        if not self.plan.controller.adaptive:
-            return reject
-        # A step below rounding can only be rejected again, so one look in eight attempts finds it soon enough.
-        if self.plan.dt_min or self.attempts % 8 == 0:
-            return reject & self._stuck(h)
-        return None
-
     def _read(self, done, bad, reject, error, hit, jumping, count, inside) -> _Flags:
         """The one read of this step: how many samples ended, failed, hit a stop, met a NaN, jump."""
-        masks = {"done": done}
-        if bad is not None:
-            masks["bad"] = bad
+        masks = {"done": done, "bad": bad}
         if not self.clock.single:
             masks["hit"] = hit
         if self.grad:
             masks["redo"] = reject & ~torch.isfinite(error)
         masks |= jumping
-        values = torch.stack(list(masks.values())).sum(1) if len(masks) > 1 else done.sum().unsqueeze(0)
+        values = torch.stack(list(masks.values())).sum(1)
         if count is not None:
             values = torch.cat([values, torch.stack([count, inside]).amax(1)])
         read = values.tolist()
         found = dict(zip(masks, read, strict=False))
         most, inner = read[-2:] if count is not None else (0, 0)
-        ended, failed = found["done"], found.get("bad", 0)
+        ended, failed = found["done"], found["bad"]
         self.left -= ended + failed
         jumps = tuple(j for j in jumping if found[j])
         hits = bool(found.get("hit", 0))
@@ -536,7 +526,7 @@ class _RowRun(_Run):
         if order is not None:
             new, old = new._replace(order=order), old._replace(order=torch.where(self.active, order, old.order))
         self.y, self.state = layout.merge(accept, (out.y1, new), (self.y, old))
-        segment_lo = lo if clock.differentiable else self.t
+        segment_lo, tied = lo if clock.differentiable else self.t, clock.tied(hit)
         self.t = torch.where(accept, t1, self.t)
         self.lo = torch.where(accept, end, lo) if clock.differentiable else self.t
         if flags.hit:
@@ -544,7 +534,7 @@ class _RowRun(_Run):
         for number in flags.jumps:
             mapped = apply_jumps(plan, (number,), self.lo, self.y)
             self.y = torch.where(layout.spread(jumping[number]), mapped, self.y)
-        segment = Segment(segment_lo, step, self.t, self.y, interpolate)
+        segment = Segment(segment_lo, step, self.t, self.y, interpolate, tied)
         if flags.most:
             self.saver.step(count, flags.most, flags.inner, segment)
         elif plan.save.kind == "steps":

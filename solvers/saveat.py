@@ -25,13 +25,15 @@ class SaveAt(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """One step for the saver: ``lo`` and ``h`` carry gradients to t; ``y`` is the state after it (and after any jump)."""
+    """One step for the saver: ``lo`` and ``h`` carry gradients to t; ``y`` is the state after it (and after any jump).
+    ``tied``: True, or ``(B,)``, whether an output at its end is that state, and not the interpolant's value there."""
 
     lo: Any
     h: Any
     t1: Any
     y: Tensor
     interpolate: Callable[[Tensor], Tensor]
+    tied: Any = True
 
 
 def joint_values(segment: Segment, clock: Any, first: int, inner: int, last: int) -> list[Tensor]:
@@ -72,14 +74,15 @@ class JointSaver:
         if self.save.kind != "final" or self.total == 1:
             self._keep(self.clock.outputs[: self.done], y.expand(self.done, *y.shape), 0)
 
-    def pending(self, t1: float) -> tuple[int, int, int] | None:
-        """Outputs (first, inner, last) of a step that ends at ``t1``; None if there are none."""
+    def pending(self, t1: float, tied: bool) -> tuple[int, int, int] | None:
+        """Outputs (first, inner, last) of a step that ends at ``t1``, those from inner on at its end if ``tied`` to it;
+        None if there are none."""
         if self.save.kind != "t":
             return None
         last = self.clock.reached(t1, self.done)
         if last == self.done:
             return None
-        inner = last - 1 if self.clock.outputs[last - 1] == t1 else last
+        inner = last - 1 if tied and self.clock.outputs[last - 1] == t1 else last
         return self.done, inner, last
 
     def step(self, pending: tuple[int, int, int] | None, segment: Segment, ended: bool) -> None:
@@ -140,11 +143,14 @@ class RowSaver:
             self.times.append((self.taken.clone(), everyone, t))
             self.taken = self.taken + 1
 
-    def pending(self, accept: Tensor, t1: Tensor) -> tuple[Tensor, Tensor]:
-        """Numbers of outputs in the step, and of those strictly inside it, ``(B,)``; a sample's last one not counted."""
+    def pending(self, accept: Tensor, t1: Tensor, tied: Any) -> tuple[Tensor, Tensor]:
+        """Numbers of outputs in the step, and of those inside it, ``(B,)``; a sample's last one not counted. An output at
+        the end counts as inside unless it is ``tied`` to it."""
         keys = (t1 * self.clock.sign).unsqueeze(1)
         reached = torch.searchsorted(self.clock.keys, keys, right=True).squeeze(1)
         inside = torch.searchsorted(self.clock.keys, keys, right=False).squeeze(1)
+        if tied is not True:
+            inside = torch.where(tied, inside, reached)
         count = torch.where(accept, torch.minimum(reached, self.last) - self.done, 0)
         return count, torch.where(accept, torch.minimum(inside, self.last) - self.done, 0)
 
@@ -240,7 +246,7 @@ def row_values(segment: Segment, clock: Any, layout: Any, index: Tensor, inner: 
     if not inner:
         return times, segment.y.expand(len(index), *segment.y.shape)
     theta = clock.theta(index, segment.lo, segment.h)
-    at_end = layout.per_row(theta.detach() == 1.0).unsqueeze(-1)
+    at_end = layout.per_row((theta.detach() == 1.0) & segment.tied).unsqueeze(-1)
     return times, torch.where(at_end, segment.y, segment.interpolate(theta))
 
 

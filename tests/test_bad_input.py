@@ -113,11 +113,19 @@ MODES = [
     bad("batch_dim of a 0-dim state", ArgumentError, "y0", "no dimension 0", "(B, ...)", y0=Y[0], batch_dim=0),
     bad("batch_dim of unequal leaves", ArgumentError, "leaf 1 of y0 has 3 rows", "2", y0=(Y, ROWS), batch_dim=0),
     bad("batch_dim and batch_index", ArgumentError, "exclude each other", **BATCH, batch_index=torch.tensor([0, 0, 1])),
-    bad("batch_index float", ArgumentTypeError, "batch_index", "integer", "float32", y0=ROWS, batch_index=torch.zeros(3)),
-    bad("batch_index bool", ArgumentTypeError, "batch_index", "integer", "bool", y0=ROWS, batch_index=torch.zeros(3) > 0),
-    bad("batch_index a list", ArgumentTypeError, "batch_index", "integer tensor", "list", y0=ROWS, batch_index=[0, 0, 1]),
+    bad(
+        "batch_index float", ArgumentTypeError, "batch_index", "integer", "float32", y0=ROWS, batch_index=torch.zeros(3)
+    ),
+    bad(
+        "batch_index bool", ArgumentTypeError, "batch_index", "integer", "bool", y0=ROWS, batch_index=torch.zeros(3) > 0
+    ),
+    bad(
+        "batch_index a list", ArgumentTypeError, "batch_index", "integer tensor", "list", y0=ROWS, batch_index=[0, 0, 1]
+    ),
     bad("batch_index negative", ArgumentError, "batch_index", "-1", y0=ROWS, batch_index=torch.tensor([0, -1, 1])),
-    bad("batch_index too short", ArgumentError, "batch_index", "(3,)", "(2,)", y0=ROWS, batch_index=torch.tensor([0, 1])),
+    bad(
+        "batch_index too short", ArgumentError, "batch_index", "(3,)", "(2,)", y0=ROWS, batch_index=torch.tensor([0, 1])
+    ),
     bad("batch_index elsewhere", ArgumentError, "batch_index", "meta", y0=ROWS, batch_index=meta(3).long()),
 ]
 
@@ -126,7 +134,13 @@ NAMES = [
     bad("method unlike any", UnknownNameError, "method 'xyzzy'", "known", "dopri5", method="xyzzy"),
     bad("method not a method", ArgumentTypeError, "method must be a name or a Method", "int", method=5),
     bad("controller unknown", UnknownNameError, "controller 'fixd'", "'fixed'", controller="fixd"),
-    bad("controller not a controller", ArgumentTypeError, "controller must be a name or a Controller", "int", controller=5),
+    bad(
+        "controller not a controller",
+        ArgumentTypeError,
+        "controller must be a name or a Controller",
+        "int",
+        controller=5,
+    ),
     bad("adjoint unknown", UnknownNameError, "adjoint 'backprob'", "'backprop'", adjoint="backprob"),
     bad("adjoint not an adjoint", ArgumentTypeError, "adjoint must be a name or a Adjoint", "NoneType", adjoint=None),
     bad("save unknown", UnknownNameError, "save 'finale'", "'final'", save="finale"),
@@ -217,7 +231,7 @@ def test_the_calls_without_a_bad_argument_pass():
         assert complain(Counting(), dict(changes)).success
 
 
-# --- what f returns, which only a call of f can show -------------------------------------------------------------------
+# --- what f returns, which only a call of f can show -----------------------------------------------------------------
 
 
 class Named(NamedTuple):
@@ -281,7 +295,7 @@ def test_a_norm_without_one_number_per_sample_is_named(norm):
         complain(Counting(), dict(BATCH, norm=norm))
 
 
-# --- transforms --------------------------------------------------------------------------------------------------------
+# --- transforms ------------------------------------------------------------------------------------------------------
 
 TRANSFORMS = {
     "grad": lambda f: torch.func.grad(lambda y: solve(f, y, T).y.sum())(Y),
@@ -300,7 +314,7 @@ def test_transforms_of_adaptive_solves_raise_and_say_what_works(transform):
     assert all(word in str(caught.value) for word in ("torch.func", "fixed steps", "dt=", "num_steps=", "autograd"))
 
 
-# --- after the solve -----------------------------------------------------------------------------------------------------
+# --- after the solve -------------------------------------------------------------------------------------------------
 
 DENSE = [
     ("not kept", {}, lambda s: s.dense(0.5), ProxodeError, ("dense=True",)),
@@ -313,7 +327,9 @@ DENSE = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "ask", "error", "words"), [row[1:] for row in DENSE], ids=[row[0] for row in DENSE])
+@pytest.mark.parametrize(
+    ("changes", "ask", "error", "words"), [row[1:] for row in DENSE], ids=[row[0] for row in DENSE]
+)
 def test_bad_questions_to_the_dense_output(changes, ask, error, words):
     solution = complain(Counting(), dict(changes))
     with pytest.raises(error) as caught:

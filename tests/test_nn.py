@@ -53,7 +53,7 @@ def assert_equal(found, expected):
     assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
 
 
-# --- it is a solve ------------------------------------------------------------------------------------------------------
+# --- it is a solve ---------------------------------------------------------------------------------------------------
 
 
 @settings
@@ -111,10 +111,12 @@ def test_training_a_block_learns():
     assert losses[-1] < 0.5 * losses[0]
 
 
-# --- times --------------------------------------------------------------------------------------------------------------
+# --- times -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("t", [T, tuple(T), torch.tensor(T), torch.tensor([0, 1, 2])], ids=["list", "tuple", "float32", "int"])
+@pytest.mark.parametrize(
+    "t", [T, tuple(T), torch.tensor(T), torch.tensor([0, 1, 2])], ids=["list", "tuple", "float32", "int"]
+)
 def test_times_are_a_buffer_in_double(t):
     block = ODEBlock(decay, t)
     assert block.t.dtype == torch.float64
@@ -126,7 +128,9 @@ def test_a_parameter_as_times_is_learned():
     block = ODEBlock(decay, torch.nn.Parameter(torch.tensor([0.0, 1.0], dtype=torch.float64)))
     assert dict(block.named_parameters())["t"] is block.t
     block(torch.ones(1))[-1].sum().backward()
-    torch.testing.assert_close(block.t.grad, torch.tensor([1.0, -1.0], dtype=torch.float64) * torch.exp(torch.tensor(-1.0)))
+    torch.testing.assert_close(
+        block.t.grad, torch.tensor([1.0, -1.0], dtype=torch.float64) * torch.exp(torch.tensor(-1.0))
+    )
 
 
 @pytest.mark.parametrize("change", [lambda b: b.half(), lambda b: b.to(torch.bfloat16), lambda b: b.float()])
@@ -145,11 +149,13 @@ def test_tensors_among_the_options_move_with_the_block():
     assert "option_atol" not in block.state_dict()
 
 
-# --- copies ---------------------------------------------------------------------------------------------------------------
+# --- copies ----------------------------------------------------------------------------------------------------------
 
 
 def through_state_dict(block):
-    other = ODEBlock(Net(), [0.0, 3.0, 4.0], **{**block.options, **{n: getattr(block, f"option_{n}") for n in block.tensor_options}})
+    other = ODEBlock(
+        Net(), [0.0, 3.0, 4.0], **{**block.options, **{n: getattr(block, f"option_{n}") for n in block.tensor_options}}
+    )
     other.load_state_dict(block.state_dict())
     return other
 
@@ -204,7 +210,7 @@ def test_a_solve_leaves_nothing_that_holds_the_graph():
     copy.deepcopy(block)
 
 
-# --- fields in wrappers ------------------------------------------------------------------------------------------------------
+# --- fields in wrappers ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -276,7 +282,7 @@ def test_distributed_data_parallel(process_group, where, options):
         assert_equal(pass_through(block, y0), expected)
 
 
-# --- mistakes -------------------------------------------------------------------------------------------------------------------
+# --- mistakes --------------------------------------------------------------------------------------------------------
 
 BUILD = [
     ("method", dict(method="dorpi5"), UnknownNameError, "dopri5"),

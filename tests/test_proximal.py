@@ -398,6 +398,7 @@ def test_nan_is_reported_as_such():
         ({"inner": "fletcher_reevs"}, UnknownNameError, ["inner solver", "fletcher_reeves"]),
         ({"inner": 3}, ArgumentTypeError, ["inner", "int"]),
         ({"rate": "fast"}, ArgumentError, ["rate", "line_search", "fast"]),
+        ({"rate": None}, ArgumentTypeError, ["rate", "NoneType"]),
         ({"rate": -1.0}, ArgumentError, ["rate", "-1"]),
         ({"lipschitz": -1.0}, ArgumentError, ["lipschitz", "-1"]),
         ({"refresh": 0}, ArgumentError, ["refresh", "0"]),

@@ -57,7 +57,7 @@ class Counting:
         return len(self.times)
 
 
-# --- shapes and structures ---------------------------------------------------------------------------------------------
+# --- shapes and structures -------------------------------------------------------------------------------------------
 
 
 class Pair(NamedTuple):
@@ -90,7 +90,9 @@ STATES = {
 
 
 @grads
-@pytest.mark.parametrize("method", [dict(), dict(method="rk4", dt=0.05), dict(method="dop853")], ids=["dopri5", "rk4", "dop853"])
+@pytest.mark.parametrize(
+    "method", [dict(), dict(method="rk4", dt=0.05), dict(method="dop853")], ids=["dopri5", "rk4", "dop853"]
+)
 @modes
 @pytest.mark.parametrize("name", STATES)
 def test_any_structure_of_any_shapes_comes_back_with_an_axis_of_time(name, mode, method, grad):
@@ -126,7 +128,7 @@ def test_an_empty_batch_is_solved(mode):
     assert solve(decay, ones(0, 2), [0.0, 1.0], **how).y.shape == (2, 0, 2)
 
 
-def test_a_field_that_answers_in_the_same_memory_every_time_is_safe_without_gradients():
+def test_a_field_of_a_small_state_may_answer_in_the_same_memory_every_time():
     answer = torch.empty(3, dtype=F64)
 
     def f(t, y):
@@ -150,11 +152,13 @@ def test_a_field_may_ask_for_the_gradient_of_its_time(mode):
     torch.testing.assert_close(y[-1], torch.full((3, 2), 4.0, dtype=F64))
 
 
-# --- dtypes ---------------------------------------------------------------------------------------------------------------
+# --- dtypes ----------------------------------------------------------------------------------------------------------
 
 
 @grads
-@pytest.mark.parametrize("method", [dict(), dict(method="bosh3"), dict(method="rk4", dt=0.01)], ids=["dopri5", "bosh3", "rk4"])
+@pytest.mark.parametrize(
+    "method", [dict(), dict(method="bosh3"), dict(method="rk4", dt=0.01)], ids=["dopri5", "bosh3", "rk4"]
+)
 @pytest.mark.parametrize("dtype", [C64, C128])
 @modes
 def test_complex_states(dtype, mode, method, grad):
@@ -192,10 +196,14 @@ def test_mixed_dtypes_are_kept(mode, method, grad):
     for name, dtype in MIXED.items():
         assert solution.y[name].dtype == dtype
         assert solution.last.y[name].dtype == dtype
-        torch.testing.assert_close(solution.y[name][-1].to(C128), torch.full((3, 2), math.exp(-1), dtype=C128), rtol=1e-3, atol=0)
+        torch.testing.assert_close(
+            solution.y[name][-1].to(C128), torch.full((3, 2), math.exp(-1), dtype=C128), rtol=1e-3, atol=0
+        )
 
 
-@pytest.mark.parametrize("method", [dict(), dict(method="rk4", dt=0.01), dict(method="dop853")], ids=["dopri5", "rk4", "dop853"])
+@pytest.mark.parametrize(
+    "method", [dict(), dict(method="rk4", dt=0.01), dict(method="dop853")], ids=["dopri5", "rk4", "dop853"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @grads
 @modes
@@ -221,7 +229,9 @@ def test_half_precision_from_zero_takes_its_first_step():
     torch.testing.assert_close(y[-1].double(), torch.full((3,), 1 - math.exp(-1), dtype=F64), rtol=2e-3, atol=0)
 
 
-@pytest.mark.parametrize("method", [dict(), dict(method="rk4", dt=0.01), dict(method="dop853")], ids=["dopri5", "rk4", "dop853"])
+@pytest.mark.parametrize(
+    "method", [dict(), dict(method="rk4", dt=0.01), dict(method="dop853")], ids=["dopri5", "rk4", "dop853"]
+)
 @modes
 @grads
 def test_single_precision_at_a_late_time_with_times_in_double(mode, method, grad):
@@ -246,7 +256,7 @@ def test_single_precision_at_a_late_time_with_times_in_double(mode, method, grad
     assert kept.reshape(3, -1)[:, 0].tolist() == [0.0, 0.25, 1.0]
 
 
-# --- tolerances and norms ---------------------------------------------------------------------------------------------------
+# --- tolerances and norms --------------------------------------------------------------------------------------------
 
 
 def error_of(solution):
@@ -276,7 +286,14 @@ def test_tolerances_per_sample():
 def test_tolerances_as_trees(mode):
     y0 = {"a": ones(3, 2), "b": ones(3)}
     loose = solve(decay, y0, [0.0, 5.0], rtol=1e-3, atol=1e-3, **MODES[mode])
-    same = solve(decay, y0, [0.0, 5.0], rtol={"a": 1e-3, "b": ones(3) * 1e-3}, atol={"a": ones(2) * 1e-3, "b": 1e-3}, **MODES[mode])
+    same = solve(
+        decay,
+        y0,
+        [0.0, 5.0],
+        rtol={"a": 1e-3, "b": ones(3) * 1e-3},
+        atol={"a": ones(2) * 1e-3, "b": 1e-3},
+        **MODES[mode],
+    )
     tight = solve(decay, y0, [0.0, 5.0], rtol=1e-3, atol={"a": 1e-3, "b": 1e-9}, **MODES[mode])
     for name in y0:
         torch.testing.assert_close(same.y[name], loose.y[name], rtol=1e-6, atol=1e-9)
@@ -286,7 +303,9 @@ def test_tolerances_as_trees(mode):
 
 def test_tolerances_may_be_0_dim_tensors():
     y = solve(decay, ones(3), [0.0, 1.0], rtol=torch.tensor(1e-4), atol=torch.tensor(1e-7)).y
-    assert torch.equal(y, solve(decay, ones(3), [0.0, 1.0], rtol=float(torch.tensor(1e-4)), atol=float(torch.tensor(1e-7))).y)
+    assert torch.equal(
+        y, solve(decay, ones(3), [0.0, 1.0], rtol=float(torch.tensor(1e-4)), atol=float(torch.tensor(1e-7))).y
+    )
 
 
 def test_the_norm_of_a_tree_is_the_maximum_over_its_leaves():
@@ -316,7 +335,7 @@ def test_a_custom_norm_of_a_batch_sees_all_samples_and_gives_one_number_each():
     assert torch.equal(same.stats.accepted, plain.stats.accepted)
 
 
-# --- times ------------------------------------------------------------------------------------------------------------------
+# --- times -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("method", "how"), WAYS)
@@ -350,7 +369,14 @@ def test_an_interval_without_length_gives_the_start_and_asks_nothing(times, mode
 
 @pytest.mark.parametrize(
     "times",
-    [torch.tensor([0.0, 0.5, 1.0]), torch.tensor([0, 1, 2]), [0, 0.5, 1], (0.0, 1.0), [torch.tensor(0.0), 1.0], double(0, 1)],
+    [
+        torch.tensor([0.0, 0.5, 1.0]),
+        torch.tensor([0, 1, 2]),
+        [0, 0.5, 1],
+        (0.0, 1.0),
+        [torch.tensor(0.0), 1.0],
+        double(0, 1),
+    ],
     ids=["float32", "integers", "list", "tuple", "mixed list", "float64"],
 )
 @modes
@@ -372,7 +398,7 @@ def test_a_single_precision_output_grid_has_no_steps_of_no_length(shift):
     assert f.calls <= 1 + math.ceil(float(times[-1] - times[0]) / (0.01 if shift == 0 else 0.125))
 
 
-# --- what is kept -------------------------------------------------------------------------------------------------------------
+# --- what is kept ----------------------------------------------------------------------------------------------------
 
 TIMES = double(0.0, 0.2, 0.7, 1.0)
 
@@ -385,7 +411,9 @@ def both(t, y):
 
 @grads
 @modes
-@pytest.mark.parametrize("method", [dict(), dict(method="dop853"), dict(method="rk4", num_steps=20)], ids=["dopri5", "dop853", "rk4"])
+@pytest.mark.parametrize(
+    "method", [dict(), dict(method="dop853"), dict(method="rk4", num_steps=20)], ids=["dopri5", "dop853", "rk4"]
+)
 def test_every_kind_of_save(mode, grad, method):
     y0 = torch.rand(3, 2, dtype=F64, requires_grad=grad)
     how = MODES[mode] | method
@@ -422,7 +450,9 @@ def test_steps_of_a_batch_are_padded_where_a_sample_took_fewer():
         assert torch.isnan(solution.t[row, count:]).all()
         assert torch.isnan(solution.y[count:, row]).all()
         rate = [1.0, 30.0][row]
-        torch.testing.assert_close(solution.y[:count, row, 0], torch.exp(-rate * solution.t[row, :count]), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            solution.y[:count, row, 0], torch.exp(-rate * solution.t[row, :count]), rtol=1e-4, atol=1e-6
+        )
 
 
 @modes
@@ -438,7 +468,7 @@ def test_a_function_of_the_time_has_the_gradient_to_the_time(mode):
         torch.testing.assert_close(g[index], exact[index], rtol=1e-4, atol=1e-6)
 
 
-# --- times that steps must end at -------------------------------------------------------------------------------------------------
+# --- times that steps must end at ------------------------------------------------------------------------------------
 
 
 @modes
@@ -457,10 +487,12 @@ def test_step_t_is_hit_exactly_and_the_step_size_restored(mode, sign, method):
     solution = solve(decay, y0, [0.0, sign], step_t=step_t, **how)
     assert solution.success
     times = [t for t, _ in ends]
-    assert set(sign * s for s in stops) <= set(times)
+    assert {sign * s for s in stops} <= set(times)
     for before, (_, dt) in zip([0.0, *times], ends, strict=False):
         left = [s for s in (*stops, 1.0) if s > abs(before) + 1e-12]
-        assert math.isclose(abs(dt), min(0.1, left[0] - abs(before)), rel_tol=1e-9), "neither a full step nor a clipped one"
+        assert math.isclose(abs(dt), min(0.1, left[0] - abs(before)), rel_tol=1e-9), (
+            "neither a full step nor a clipped one"
+        )
     assert len(ends) == sum(math.ceil(round((b - a) / 0.1, 6)) for a, b in zip([0.0, *stops], [*stops, 1.0]))
 
 
@@ -523,7 +555,7 @@ def test_f_is_never_asked_outside_random_intervals():
         assert max(f.times) <= max(t)
 
 
-# --- samples with times of their own -------------------------------------------------------------------------------------------------
+# --- samples with times of their own ---------------------------------------------------------------------------------
 
 NAN = math.nan
 RAGGED = double(
@@ -592,7 +624,9 @@ def turn(t, y):
 def test_jumps_per_sample_reproduce_each_sample_alone(method, grad):
     how = dict(method=method) | (dict(dt=0.07) if method == "rk4" else {})
     with torch.set_grad_enabled(grad):
-        solution = solve(swing, STARTS, RAGGED, batch_dim=0, jumps=[Jump(JUMP_T, kick), Jump(LATER_T, turn), Jump(0.3)], **how)
+        solution = solve(
+            swing, STARTS, RAGGED, batch_dim=0, jumps=[Jump(JUMP_T, kick), Jump(LATER_T, turn), Jump(0.3)], **how
+        )
         assert solution.success
         for row, times in enumerate(RAGGED):
             times = times[torch.isfinite(times)]
@@ -604,7 +638,12 @@ def test_jumps_per_sample_reproduce_each_sample_alone(method, grad):
 
 @modes
 def test_an_output_at_a_jump_shows_the_state_after_it_and_jumps_at_one_time_keep_their_order(mode):
-    jumps = [Jump(0.5, lambda t, y: y + 1), Jump(0.5, lambda t, y: 10 * y), Jump(1.0, lambda t, y: -y), Jump(0.0, lambda t, y: NAN * y)]
+    jumps = [
+        Jump(0.5, lambda t, y: y + 1),
+        Jump(0.5, lambda t, y: 10 * y),
+        Jump(1.0, lambda t, y: -y),
+        Jump(0.0, lambda t, y: NAN * y),
+    ]
     y = solve(lambda t, y: 0 * y, ones(3, 1), [0.0, 0.5, 1.0], jumps=jumps, **MODES[mode]).y
     assert y[:, 0, 0].tolist() == [1.0, 20.0, -20.0]
 
@@ -624,7 +663,9 @@ def jump_loss(mode, parameters, method):
 
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
-@pytest.mark.parametrize(("mode", "time"), [("joint", 0.61), ("samples", [0.61, 0.37]), ("samples", 0.61)], ids=["joint", "own", "shared"])
+@pytest.mark.parametrize(
+    ("mode", "time"), [("joint", 0.61), ("samples", [0.61, 0.37]), ("samples", 0.61)], ids=["joint", "own", "shared"]
+)
 def test_gradients_through_the_time_and_the_map_of_a_jump(mode, time, method):
     parameters = [torch.tensor(time, dtype=F64), double(0.7), double(0.5, 1.0)]
     leaves = [p.clone().requires_grad_() for p in parameters]
@@ -640,7 +681,7 @@ def test_gradients_through_the_time_and_the_map_of_a_jump(mode, time, method):
             torch.testing.assert_close(gradient.view(-1)[place].item(), difference, rtol=1e-5, atol=1e-7)
 
 
-# --- a sample does not notice its batch -------------------------------------------------------------------------------------------------
+# --- a sample does not notice its batch ------------------------------------------------------------------------------
 
 
 def rational(t, y):
@@ -649,25 +690,23 @@ def rational(t, y):
     return torch.stack([10 * (b - a) + 0.1 * t, a * (28 - c) - b / (1 + a * a), a * b - c * 2.5], -1)
 
 
-@grads
-@pytest.mark.parametrize("dtype", [F64, F32])
+@pytest.mark.parametrize(("dtype", "grad"), [(F64, False), (F64, True), (F32, False)], ids=["double", "grad", "single"])
 @pytest.mark.parametrize(("method", "how"), WAYS)
 def test_a_sample_is_bit_for_bit_the_same_in_every_batch(method, how, dtype, grad):
-    """In batches of the same size with other company and in batches of other sizes, first or last."""
+    """In a batch of the same size with other company, and in batches of other sizes at other places."""
     torch.manual_seed(3)
     rows = torch.randn(17, 3, dtype=dtype) * 3
     times = [0.0, 0.05, 0.11, 0.2]
-    how = dict(how, method=method, batch_dim=0, rtol=1e-3, atol=1e-3, max_steps=20, throw=False)
+    how = dict(how, method=method, batch_dim=0, rtol=1e-3, atol=1e-3, max_steps=10, throw=False)
     how |= dict(dt=0.02) if "dt" in how else {}
     with torch.set_grad_enabled(grad):
         whole = solve(rational, rows, times, **how).y
         other = solve(rational, torch.cat([rows[:4], 2 * rows[4:]]), times, **how).y
         assert torch.equal(other[:, :4].nan_to_num(), whole[:, :4].nan_to_num())
-        for size in (1, 2, 3, 5, 8):
-            for first in (0, 17 - size):
-                part = solve(rational, rows[first : first + size], times, **how).y
-                same = whole[:, first : first + size]
-                assert torch.equal(part.nan_to_num(), same.nan_to_num()), (size, first, (part - same).abs().max())
+        for size, first in ((1, 0), (1, 16), (2, 15), (3, 2), (5, 12), (8, 0)):
+            part = solve(rational, rows[first : first + size], times, **how).y
+            same = whole[:, first : first + size]
+            assert torch.equal(part.nan_to_num(), same.nan_to_num()), (size, first, (part - same).abs().max())
 
 
 @grads
@@ -711,7 +750,7 @@ def test_joint_equals_a_batch_of_one(method, how, grad):
         assert other.stats.rejected.tolist() == [joint.stats.rejected]
 
 
-# --- work ------------------------------------------------------------------------------------------------------------------------------
+# --- work ------------------------------------------------------------------------------------------------------------
 
 
 @grads
@@ -740,7 +779,9 @@ def test_outputs_cost_these_methods_nothing(method, mode, grad):
     stages = {"bosh3": 3, "dopri5": 6, "tsit5": 6}[method]
     y0 = double([1.0, 2.0, 0.5]) if mode == "samples" else double(1.0, 2.0, 0.5)
     with torch.set_grad_enabled(grad):
-        runs = [solve(lorenz, y0, torch.linspace(0, 1, n), method=method, **MODES[mode]).stats for n in (2, 3, 50, 1001)]
+        runs = [
+            solve(lorenz, y0, torch.linspace(0, 1, n), method=method, **MODES[mode]).stats for n in (2, 3, 50, 1001)
+        ]
     assert len({stats.nfe for stats in runs}) == 1
     tried = int(torch.as_tensor(runs[0].accepted + runs[0].rejected))
     assert runs[0].nfe == 2 + stages * tried

@@ -431,7 +431,16 @@ class _JointReplay(_Replay):
             self.y = self.values[0] if last is None else last + self.values[0]
 
     def interior(self, record: Record) -> bool:
-        return record.outputs is not None and record.outputs[1] > record.outputs[0]
+        first, inner, _ = self._pending(record) or (0, 0, 0)
+        return inner > first
+
+    def _pending(self, record: Record) -> Any:
+        """Outputs (first, inner, last) of the step, as they are where t is differentiated for."""
+        if record.outputs is None or not self.graph:
+            return record.outputs
+        first, inner, last = record.outputs
+        self.clock.next = record.stop
+        return first, inner if self.clock.tied(record.hit) else last, last
 
     def forward(self, record, lo, point, interior):
         plan = self.plan
@@ -448,7 +457,7 @@ class _JointReplay(_Replay):
         return y, state, end, segment, work
 
     def outputs(self, number, segment):
-        pending = self.records[number].outputs
+        pending = self._pending(self.records[number])
         if self.plan.save.kind == "steps":
             self._more(self.values[number + 1])
         if pending is None:
@@ -500,7 +509,8 @@ class _RowReplay(_Replay):
         return torch.where(self.layout.per_row(valid).unsqueeze(-1), values, 0.0)
 
     def interior(self, record: Record) -> bool:
-        return record.outputs[3] > 0
+        # With a gradient to t, outputs at the end may need the interpolant too.
+        return record.outputs[3] > 0 or (self.graph and record.outputs[2] > 0)
 
     def forward(self, record, lo, point, interior):
         plan, layout = self.plan, self.layout
@@ -512,7 +522,8 @@ class _RowReplay(_Replay):
         stored = point.state is not None
         y, state = layout.merge(record.accept, (out.y1, out.state if stored else ()), (point.y, point.state or ()))
         y, state, calls = self._jump(record, end, y, state, stored)
-        segment = Segment(lo, dt, end.detach(), y, lambda theta: plan.method.interpolate(out.dense, theta))
+        tied = self.clock.tied(record.hit)
+        segment = Segment(lo, dt, end.detach(), y, lambda theta: plan.method.interpolate(out.dense, theta), tied)
         return y, state, end, segment, out.work + calls
 
     def _jump(self, record, t, y, state, restart):
@@ -530,11 +541,11 @@ class _RowReplay(_Replay):
         if self.plan.save.kind == "steps":
             self.taken = self.taken - record.accept.long()
             return (segment.y.unsqueeze(0),), (self._gather(self.taken.unsqueeze(0), record.accept.unsqueeze(0)),)
-        done, count, most, inner = record.outputs
+        done, count, most, _ = record.outputs
         if not most:
             return (), ()
         offset = torch.arange(most, device=self.layout.device).unsqueeze(1)
-        values = row_values(segment, self.clock, self.layout, done + offset, inner > 0)[1]
+        values = row_values(segment, self.clock, self.layout, done + offset, self.interior(record))[1]
         return (values,), (self._gather(done + offset, offset < count),)
 
     def again(self, record, lo, y, state, graph):

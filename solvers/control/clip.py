@@ -129,6 +129,17 @@ class JointClock:
         """Numbers of the jumps at the stop that is about to be reached."""
         return self.stops[self.next].jumps if accept and hit else ()
 
+    def tied(self, hit: bool) -> bool:
+        """Whether an output at the end of the step gets its gradient to t through that end.
+
+        Not where it lies there by chance, on a node that is nobody's time: there the interpolant has that gradient. At a
+        jump it has the wrong value.
+        """
+        if not self.differentiable:
+            return True
+        stop = self.stops[self.next] if hit else None
+        return stop is not None and (stop.source is not None or bool(stop.jumps))
+
     def reached(self, t1: float, done: int) -> int:
         """How many outputs lie at or before ``t1``, ``done`` of them known."""
         return bisect.bisect_right(self.keys, self.sign * t1, lo=done)
@@ -166,18 +177,20 @@ class RowClock:
         )
 
     def _collect(self, stops: list[tuple[Any, int | None]], end: Tensor) -> None:
-        columns, self.jump_times = [end], {}
+        columns, owned, self.jump_times = [end], [True], {}
         for time, jump in stops:
             column = torch.as_tensor(time, dtype=torch.float64, device=end.device).expand_as(end)
             inside = (self.sign * (column.detach() - self.start) > 0) & (self.sign * (self.end - column.detach()) >= 0)
             column = torch.where(inside, column, torch.nan)
             columns.append(column)
+            owned.append(jump is not None or column.requires_grad)
             if jump is not None:
                 self.jump_times[jump] = column.detach()
         source = torch.stack(columns, 1)
         keys = torch.nan_to_num(source.detach() * self.sign.unsqueeze(1), nan=torch.inf)
         # Stable: of coinciding stops the end is first, so that its gradient is the one that counts.
         keys, order = torch.sort(keys, dim=1, stable=True)
+        self.owned = torch.tensor(owned, device=end.device).expand_as(order).gather(1, order)
         self.stop_keys = keys
         self.stop_source = source.gather(1, order)
         self.stop_values = self.stop_source.detach()
@@ -213,6 +226,12 @@ class RowClock:
         inner = lo + self.fixed_dt if self.fixed else t1
         end = torch.where(h == 0, lo, torch.where(hit, self._current(self.stop_source), inner))
         return end - lo, end
+
+    def tied(self, hit: Tensor) -> Any:
+        """Samples whose outputs at the end of the step get their gradient to t through it (as in JointClock); or True."""
+        if not self.differentiable:
+            return True
+        return hit if self.single else hit & self._current(self.owned)
 
     def finishes(self, accept: Tensor, t1: Tensor) -> Tensor:
         """Samples that have reached their end."""

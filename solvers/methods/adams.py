@@ -1,7 +1,7 @@
 """Adams methods on the grid as it is: of fixed order with constant or given steps, and of variable step and order.
 
 No formula here assumes equal steps. Coefficients come from the past nodes (``adams_weights``), so that clipped last steps,
-forced nodes and grids given by the user keep the order.
+forced nodes and grids given by the user keep the order. HNW: Hairer, Nørsett & Wanner I, 2nd ed.; g, Phi*, beta as there.
 """
 
 from __future__ import annotations
@@ -441,11 +441,10 @@ class VariableAdams(Method):
         return StepOut(y1, error, dense, self._following(state, foreseen, dt), calls + 1)
 
     def _following(self, state: VariableState, foreseen: Tensor, dt: Any) -> VariableState:
-        count: Any = self.max_order - 1
-        depth = count
+        depth = self.max_order - 1
+        # More than the next order can use is not carried along.
         if isinstance(state.order, int):
-            # More than the next order can use is not carried along.
-            count = depth = min(state.count + 1, state.order + 1, depth)
+            depth = count = min(state.count + 1, state.order + 1, depth)
         else:
             count = torch.minimum(state.count, state.order).add(1).clamp(max=depth)
         kept = (state.foreseen[0], *foreseen[:depth].unbind(0))

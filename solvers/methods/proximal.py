@@ -122,9 +122,7 @@ class ProxEuler(Method):
         depends = problem.depends or any(isinstance(x, Tensor) and x.requires_grad for x in (y0, t0, dt))
         if grad and depends and any_true(found.converged):
             y1, calls = self._record(field, t0, dt, y0, problem, found), calls + 2
-        return StepOut(
-            y1, error, ProxDense(field.layout, dt, y0, y1), after, calls, _status(problem, found), found.iterations
-        )
+        return StepOut(y1, error, ProxDense(field.layout, dt, y0, y1), after, calls, _status(problem, found), found.iterations)
 
     def _predict(self, problem: ProximalProblem, state: ProxState, grad: bool) -> Point:
         """Extrapolation of the past, or the start where that has the smaller residual."""
@@ -141,9 +139,7 @@ class ProxEuler(Method):
             return point
         return problem.evaluate(problem.keep(good, z, y0))
 
-    def _record(
-        self, field: Any, t0: Any, dt: Any, y0: Tensor, problem: ProximalProblem, found: InnerResult
-    ) -> Tensor:
+    def _record(self, field: Any, t0: Any, dt: Any, y0: Tensor, problem: ProximalProblem, found: InnerResult) -> Tensor:
         """The solution as a function of everything the step depends on; samples without one stay constants."""
         wide = field.layout.spread(dt)
 
@@ -199,9 +195,7 @@ def _number(x: Any) -> Any:
 
 
 def _status(problem: ProximalProblem, found: InnerResult) -> Any:
-    code = problem.ops.where(
-        problem.ops.isfinite(found.norm), int(Status.INNER_NOT_CONVERGED), int(Status.NON_FINITE)
-    )
+    code = problem.ops.where(problem.ops.isfinite(found.norm), int(Status.INNER_NOT_CONVERGED), int(Status.NON_FINITE))
     if problem.layout.joint:
         return None if found.converged else Status(code)
     return torch.where(found.converged, int(Status.SUCCESS), code).to(torch.int8)

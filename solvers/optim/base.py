@@ -21,8 +21,9 @@ GROWTH = 1e6
 STALLED = 3
 """Times in a row that a sample may claim to be done, wrongly and without a tenth of progress, before it is given up."""
 SHORTER = 0.25
-"""Factor by which a step is cut that ran past the minimum along its direction, and how often that is tried."""
+"""Factor by which a step is cut that ran past the minimum along its direction."""
 CUTS = 12
+"""Times that is tried."""
 ROUNDING = 4.0
 """Units in the last place of z below which a residual of z is noise."""
 
@@ -185,7 +186,6 @@ class InnerStep(NamedTuple):
     r: Tensor
     state: Any
     point: Point | None = None
-    curvature: Any = 1.0
 
 
 class InnerOptimizer(ABC):

@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..status import ArgumentError
+from ..status import ArgumentError, ArgumentTypeError
 from .base import INNER_OPTIMIZERS, InnerOptimizer, InnerProblem, InnerStep, Point, any_true
 from .linesearch import PowerMemory, SeenRadius, spectral_radius
 
 RATES = ("cg", "line_search", "constant")
 POWELL = 0.2
 """Successive residuals this far from orthogonal belong to no symmetric M (Powell 1977, Math. Program. 12, 241-254)."""
-
 WINDOW = 10
 """Images M p that the next one is made orthogonal to where M is not symmetric. A symmetric M needs none or one."""
 NOTHING = 1e-12
@@ -65,9 +64,11 @@ class ConjugateGradient(InnerOptimizer):
       given as ``lipschitz`` (of f, in 1/time): one call of f. A number in place of the word is the rate itself, in units of
       the scaled residual (Xia 2023, section 5.3, has such a number).
 
-    ``restart``: go along -r where p is no direction of descent; and, as FR directions do not converge where J is not
-    symmetric, go on there with directions whose images M p are orthogonal to the one before (Vinsome 1976), which only
-    needs M to be positive definite. ``refresh``: iterations after which "cg" evaluates the residual again.
+    ``restart``: go along -r where p is no direction of descent; cut steps that run past the minimum of a strongly
+    nonlinear problem; and, as conjugate directions do not converge where J is not symmetric, go on there with directions
+    whose images M p are orthogonal to those before (Vinsome 1976), which needs no symmetry, only a positive definite M.
+    False: the bare iteration. Only the first applies to constant rates. ``refresh``: iterations after which "cg" evaluates
+    the residual again.
 
     A sample with <p, M p> <= 0 right after an evaluated residual is given up: nothing is minimised there.
     """
@@ -83,6 +84,8 @@ class ConjugateGradient(InnerOptimizer):
         if isinstance(self.rate, str):
             if self.rate not in RATES:
                 raise ArgumentError(f"rate must be one of {', '.join(RATES)} or a number, found {self.rate!r}")
+        elif not isinstance(self.rate, (int, float)):
+            raise ArgumentTypeError(f"rate must be a word or a number, found {type(self.rate).__name__}")
         elif not self.rate > 0:
             raise ArgumentError(f"rate must be positive, found {self.rate}")
         if self.lipschitz is not None and not self.lipschitz >= 0:
