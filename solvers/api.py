@@ -243,7 +243,13 @@ def _choose_controller(controller: Any, method: Method, fixed: Any) -> Controlle
             f"method {method.name!r} has no error estimate to choose steps by: give dt=, num_steps= or "
             "controller='fixed' (steps on t)"
         )
-    return _choose("controller", CONTROLLERS, controller or method.controller, Controller)
+    chosen = _choose("controller", CONTROLLERS, method.controller if controller is None else controller, Controller)
+    if chosen.adaptive and chosen.variable_order != method.variable_order:
+        raise ArgumentError(
+            f"controller={controller!r} does not fit method {method.name!r}, whose order is "
+            f"{'variable' if method.variable_order else 'fixed'}: leave it away, or take {method.controller!r}"
+        )
+    return chosen
 
 
 def _apply_options(
@@ -251,10 +257,9 @@ def _apply_options(
 ) -> tuple[Method, Controller, Adjoint]:
     """Route each option to the part that owns it; unknown ones raise with the nearest known name."""
     parts: dict[str, Any] = {"method": method, "controller": controller, "adjoint": adjoint}
-    if hasattr(method, "inner"):
-        parts["inner solver"] = method.choose_inner(inner)
-    elif inner != "auto":
-        raise ArgumentError(f"method {method.name!r} has no inner solver: leave inner={inner!r} away")
+    optimiser = method.choose_inner(inner)
+    if optimiser is not None:
+        parts["inner solver"] = optimiser
     chosen: dict[str, dict[str, Any]] = {}
     for name, value in options.items():
         owner = option_owner(name)
@@ -365,8 +370,8 @@ def _check_jumps(jumps: Any, layout: Layout) -> tuple[Jump, ...]:
         times = torch.as_tensor(jump.t).detach()
         bad = torch.isinf(times) | (torch.isnan(times) & layout.joint)
         if not transforms_active() and bool(bad.any()):
-            found = times[bad][0].item()
-            raise ArgumentError(f"t of jumps[{number}] must be finite (NaN, per sample: no jump), found {found}")
+            worst = times[bad][0].item()
+            raise ArgumentError(f"t of jumps[{number}] must be finite (NaN, per sample: no jump), found {worst}")
     return tuple(jumps)
 
 
@@ -463,7 +468,7 @@ def _remedy(plan: Plan, trajectory: Trajectory, status: Status, sample: int, sta
         fixed = "" if plan.controller.adaptive else "a smaller dt= or an adaptive controller, "
         return f"The state that was reached is in .last; look at f there, or try {fixed}batch_dim=0 to spare other samples"
     if status == Status.INNER_NOT_CONVERGED:
-        return "Try smaller steps, a larger max_iters= or inner_tol=, or another inner="
+        return f"Try {plan.method.remedy}"
     text = (
         f"Raise max_steps (now {plan.max_steps}) or loosen rtol and atol"
         if status == Status.MAX_STEPS

@@ -313,6 +313,7 @@ class _JointRun(_Run):
         dt = self._next_dt(h * decision.factor, accept, hit)
         if decision.order is not None and not accept:
             self.state = self.state._replace(order=decision.order)
+        self.controls = decision.state
         if not accept:
             self.rejected += 1
             if not plan.controller.adaptive or self._stuck(h):
@@ -320,7 +321,6 @@ class _JointRun(_Run):
             self.dt = dt
             return
         self.accepted += 1
-        self.controls = decision.state
         self._keep(out, decision, t1, h, hit, step, end)
         self.dt = dt if plan.controller.adaptive else self.dt
         if plan.observer is not None:
@@ -448,6 +448,7 @@ class _RowRun(_Run):
             jumping = clock.jumping(accept, t1)
             flags = self._read(done, bad, reject, error, accept & hit, jumping, count, inside)
             dt = self._next_dt(h * decision.factor, accept & hit if flags.hit else None)
+        failure = out.status
         if flags.redo:
             out, step = self._redo(error, step)
         if out.inner is not None and plan.method.implicit:
@@ -456,7 +457,7 @@ class _RowRun(_Run):
         self.accepted.add_(accept)
         self._keep(out, decision, accept, t1, h, hit, step, end, flags, (count, inside), jumping)
         if flags.bad:
-            self._end(bad, _causes(out.status, error, self.status))
+            self._end(bad, _causes(failure, error, self.status))
         if flags.done:
             self._end(done, Status.SUCCESS)
         if flags.bad or flags.done:

@@ -18,8 +18,8 @@ class ODEBlock(torch.nn.Module):
 
     Args:
         field: f, called as ``f(t, y, *args)``; a module becomes a submodule, so that its parameters are the block's.
-        t: output times as for :func:`~solvers.solve`; a ``Parameter`` is learned, anything else becomes a buffer in float64,
-            which a change of the block's dtype leaves alone.
+        t: output times as for :func:`~solvers.solve`. A ``Parameter`` is learned; anything else becomes a float64
+            buffer, which a change of the block's dtype leaves alone.
         **solve_options: keywords of :func:`~solvers.solve` except ``args``. Tensors among them move with the block.
 
     Attributes:

@@ -64,8 +64,10 @@ class JointSaver:
             return
         source, device = self.clock.source, self.layout.device
         for i, y in enumerate(block.unbind(0)):
-            user = first is not None and source.requires_grad
-            time = source[first + i] if user else torch.full((), times[i], dtype=torch.float64, device=device)
+            if first is not None and source.requires_grad:
+                time = source[first + i]
+            else:
+                time = torch.full((), times[i], dtype=torch.float64, device=device)
             self.blocks.append(self.save.fn(time.to(self.save.time_dtype), self.layout.unflatten(y)))
 
     def start(self, y: Tensor) -> None:

@@ -26,6 +26,8 @@ class Controller(ABC):
     """
 
     adaptive: ClassVar[bool] = True
+    variable_order: ClassVar[bool] = False
+    """Whether it also chooses the order, and so reads an error for each."""
 
     def init(self, ops: Any, like: Any) -> Any:
         """State before the first step; ``like`` is the first dt (float or ``(B,)``)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..status import ArgumentError
 from .base import CONTROLLERS, Controller, Decision
@@ -33,6 +33,8 @@ class OrderController(Controller):
         factor_min, factor_max: limits on dt_next / dt, 0 < factor_min < 1 < factor_max. Multistep formulas lose their
             stability where steps go on growing by much more than 2.
     """
+
+    variable_order: ClassVar[bool] = True
 
     safety: float = 0.8
     factor_min: float = 0.2

@@ -319,6 +319,7 @@ class ImplicitAdams(FixedAdams):
     corrector_tol: float | None = None
 
     name: ClassVar[str] = "implicit_adams"  # type: ignore[misc]
+    remedy: ClassVar[str] = "a smaller dt=, a larger max_corrections= or corrector_tol=, or a proximal method"
     reference: ClassVar[str] = "Moulton 1926; Hairer, Nørsett & Wanner I, III.1 and III.5"  # type: ignore[misc]
 
     def __post_init__(self) -> None:

@@ -8,13 +8,14 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from ..registry import Registry
+from ..status import ArgumentError
 
 
 class StepOut(NamedTuple):
     """What one attempted step gives.
 
     y1: the state at the end, flat. error: an estimate of its local error (units of y, detached, flat), a tuple of those
-    for the orders (k-1, k, k+1) of a method of variable order, or None. dense: whatever ``interpolate`` needs. state: the
+    for the orders (k-1, k, k+1) of a method of variable order, whatever else the method's own ``ratio`` takes, or None. dense: whatever ``interpolate`` needs. state: the
     method's state if the step is accepted. work: calls of f made. status: None if all went well, else a
     :class:`~solvers.status.Status` (joint) or ``(B,)`` int8 tensor of them that is ``SUCCESS`` (0) where it went well;
     a failing code rejects the step. inner: inner iterations, int or ``(B,)``. forward/backward: exact Jacobian products.
@@ -57,8 +58,19 @@ class Method(ABC):
     variable_order: ClassVar[bool] = False
     real_limit: float = 1.0
     """About how large -dt lambda may be for y' = lambda y; only judges whether an explicit method was held back by it."""
+    remedy: ClassVar[str] = "smaller steps"
+    """What helps where the equations of its step were not solved."""
     controller: ClassVar[str] = "i"
     """Name of the controller that steers it unless the user chooses one."""
+
+    def choose_inner(self, inner: Any) -> Any:
+        """The inner solver that ``inner`` (a name, an instance or "auto") means here; None if the method has none.
+
+        Raises ``ArgumentError`` where one is asked for in vain.
+        """
+        if inner != "auto":
+            raise ArgumentError(f"method {self.name!r} has no inner solver: leave inner={inner!r} away")
+        return None
 
     @abstractmethod
     def init(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor | None) -> Any:

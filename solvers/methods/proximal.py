@@ -76,6 +76,7 @@ class ProxEuler(Method):
     order: ClassVar[int] = 1  # type: ignore[misc]
     error_order: ClassVar[int | None] = 2  # type: ignore[misc]
     reference: ClassVar[str] = "Xia 2023, section 5.1; implicit Euler"  # type: ignore[misc]
+    remedy: ClassVar[str] = "smaller steps, a larger max_iters= or inner_tol=, or another inner="
     implicit: ClassVar[bool] = True
     one_step: ClassVar[bool] = False
 
