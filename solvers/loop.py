@@ -165,7 +165,8 @@ def drive(plan: Plan, y0: Tensor, tape: Callable[[Record], None] | None = None) 
 
 class _Run(ABC):
     def __init__(self, plan: Plan, y0: Tensor, tape: Callable[[Record], None] | None) -> None:
-        self.plan, self.layout, self.ops = plan, plan.layout, plan.layout.ops
+        self.plan, self.layout = plan, plan.layout
+        self.ops: Any = plan.layout.ops
         self.clock: Any = plan.clock
         self.tape = tape
         self.taped_dense = getattr(tape, "dense", False)

@@ -68,8 +68,18 @@ def run(name: str, batch_dim: int | None, grid: dict):
 # --- fixed steps: the exact derivative of the discrete map -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-@BOTH_MODES
+@pytest.mark.parametrize(
+    "batch_dim, grid",
+    [
+        (None, "num_steps"),
+        (None, "dt"),
+        (None, "grid"),
+        (0, "dt"),
+        pytest.param(0, "num_steps", marks=pytest.mark.slow),
+        pytest.param(0, "grid", marks=pytest.mark.slow),
+    ],
+    ids=["joint-num_steps", "joint-dt", "joint-grid", "rows-dt", "rows-num_steps", "rows-grid"],
+)
 @EACH_FIXED
 def test_first_derivatives_to_state_times_and_arguments(name, batch_dim, grid, device):
     """To y0, to every entry of t, to each leaf of args, through outputs between the nodes and on them ("grid")."""

@@ -15,10 +15,10 @@ class StepOut(NamedTuple):
     """What one attempted step gives.
 
     y1: the state at the end, flat. error: an estimate of its local error (units of y, detached, flat), a tuple of those
-    for the orders (k-1, k, k+1) of a method of variable order, whatever else the method's own ``ratio`` takes, or None. dense: whatever ``interpolate`` needs. state: the
-    method's state if the step is accepted. work: calls of f made. status: None if all went well, else a
-    :class:`~solvers.status.Status` (joint) or ``(B,)`` int8 tensor of them that is ``SUCCESS`` (0) where it went well;
-    a failing code rejects the step. inner: inner iterations, int or ``(B,)``. forward/backward: exact Jacobian products.
+    for the orders (k-1, k, k+1) of a method of variable order, whatever else the method's own ``ratio`` takes, or None.
+    dense: whatever ``interpolate`` needs. state: the method's state if the step is accepted. work: calls of f made.
+    status: None if all went well, else a :class:`~solvers.status.Status` (joint) or ``(B,)`` int8 tensor of them that is
+    ``SUCCESS`` (0) where it went well; a failing code rejects the step. inner: inner iterations, int or ``(B,)``.
     """
 
     y1: Tensor
