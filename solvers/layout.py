@@ -303,7 +303,7 @@ class Layout:
         """``spread``, written out where that makes the selections that follow cheaper."""
         if self.width > NARROW or self.index is not None:
             return self.spread(mask)
-        return mask.unsqueeze(1) if self.width == 1 else torch.stack([mask] * self.width, 1)
+        return mask.unsqueeze(1) if self.width <= 1 else torch.stack([mask] * self.width, 1)
 
     def _merge(self, accept: Tensor, wide: Tensor, new: Any, old: Any) -> Any:
         if isinstance(new, Tensor):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Problem(NamedTuple):
-    """dy/dt = f(t, y) from y0 (n,) over [0, end]; ``exact``: times (T,) -> (T, n). f takes t () with y (n,), or (B,) with (B, n)."""
+    """dy/dt = f(t, y) over [0, end]; f takes t () with y (n,), or (B,) with (B, n); ``exact``: times (T,) -> (T, n)."""
 
     name: str
     f: Callable[[Tensor, Tensor], Tensor]
@@ -101,7 +101,7 @@ def driven_exact(t: Tensor, y0: Tensor, t0: Any = 0.0, rate: Any = 2.0) -> Tenso
     return track(t) + torch.cos(angle) * away + torch.sin(angle) * turned(away)
 
 
-HAMILTONIAN = torch.tensor([[2.0, 0.5 - 0.3j, 0.0], [0.5 + 0.3j, -1.0, 0.4j], [0.0, -0.4j, 0.5]], dtype=torch.complex128)
+HAMILTONIAN = torch.tensor([[2, 0.5 - 0.3j, 0], [0.5 + 0.3j, -1, 0.4j], [0, -0.4j, 0.5]], dtype=torch.complex128)
 WAVE = torch.tensor([1.0, 0.5j, -0.5 + 0.5j], dtype=torch.complex128)
 
 

@@ -220,7 +220,8 @@ def test_bad_arguments_raise_before_f_is_called(changes, error, words):
 
 def test_the_calls_without_a_bad_argument_pass():
     """What the tables change is what they complain about: the rest of each call is good."""
-    for changes in ({}, BATCH, GROUPS, dict(y0=PAIR), dict(method="rk4", dt=0.1), dict(controller="pi", safety=0.8)):
+    good = ({}, BATCH, GROUPS, dict(y0=PAIR), dict(method="rk4", dt=0.1), dict(controller="pi", safety=0.8))
+    for changes in (*good, dict(max_steps=2**40), dict(dt_min=1e-9, force_dt_min=True), dict(dt0=torch.tensor(0.1))):
         assert complain(Counting(), dict(changes)).success
 
 

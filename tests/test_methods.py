@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -24,8 +24,8 @@ ORDERED = [name for name in FIXED if "order" in options_of(METHODS[name])]
 CASES = [(name, METHODS[name].order, {}) for name in FIXED if METHODS[name].order <= 8] + [
     (name, order, {"order": order}) for name in ORDERED for order in range(1, 9) if order != METHODS[name].order
 ]
-OF_ONE_ERROR = [name for name in CONTROLLERS if name not in {METHODS[m].controller for m in ADAPTIVE if m not in STEERED}]
-OF_ONE_ERROR = [name for name in OF_ONE_ERROR if CONTROLLERS[name].adaptive]
+OF_MANY_ORDERS = {METHODS[name].controller for name in ADAPTIVE if name not in STEERED}
+OF_ONE_ERROR = [name for name in CONTROLLERS if CONTROLLERS[name].adaptive and name not in OF_MANY_ORDERS]
 
 EACH_CASE = pytest.mark.parametrize(
     "name, order, options", CASES, ids=["-".join([name, *map(str, extra.values())]) for name, _, extra in CASES]
@@ -107,7 +107,7 @@ def test_observed_order_of_the_solution_in_a_batch_of_both_directions(name, orde
 @pytest.mark.parametrize("order", [9, 10, 11, 12])
 @pytest.mark.parametrize("name", ORDERED)
 def test_high_orders_are_exact_for_polynomials_on_random_grids(name, order, device):
-    """A method of order p integrates polynomials of degree p - 1, steps of any lengths included; joint and per sample."""
+    """A method of order p integrates polynomials of degree p - 1 over steps of any lengths; joint and per sample."""
     grids = (torch.rand(3, 25, dtype=torch.float64, device=device) + 0.15).cumsum(1)
     grids = 2 * (grids - grids[:, :1]) / (grids[:, -1:] - grids[:, :1]) - 1
     t = torch.stack([grids[0], grids[1], grids[2].flip(0)])
@@ -128,8 +128,9 @@ def test_high_orders_are_exact_for_polynomials_on_random_grids(name, order, devi
         joint = solve(f, exact(grid[0]), grid, **options)
         torch.testing.assert_close(joint.y, sol.y[:, row], rtol=0, atol=1e-11)
     # One degree more is too much, or the test would say nothing about the order.
-    beyond = solve(lambda t, y: (order + 1) * t.unsqueeze(-1) ** order, grids[0, :1] ** (order + 1), grids[0], **options)
-    assert rms(beyond.y[-1], torch.ones_like(beyond.y[-1])) > 1e-9
+    higher = order + 1
+    beyond = solve(lambda t, y: higher * t.unsqueeze(-1) ** order, grids[0, :1] ** higher, grids[0], **options).y[-1]
+    assert rms(beyond, torch.ones_like(beyond)) > 1e-9
 
 
 # --- the continuous extension ----------------------------------------------------------------------------------------
@@ -152,8 +153,8 @@ def between(ends: tuple[float, float], steps: int, device: torch.device) -> Tens
 @BOTH_WAYS
 @EACH_CASE
 def test_observed_order_between_the_steps(name, order, options, ends, device):
-    """The values have the order of the steps (an extension of order p - 1 has a local error of dt^p); their derivative in t
-    has the order of the extension, or that of the steps if that is less."""
+    """The values have the order of the steps (an extension of order p - 1 has a local error of dt^p); their derivative
+    in t has the order of the extension, or that of the steps if that is less."""
     f, exact = shifted(device)
     t, extension = times(*ends, device=device), promised(name, order)
     steps = counts(name, order)
@@ -306,7 +307,8 @@ def test_one_sample_equals_a_joint_solve_at_adaptive_steps(name, device):
     y0 = problem.exact(problem.times())[0].to(device)
     # From a first step that is neither too short nor too long: an estimate far below the tolerance is half rounding,
     # and the step after it would show that.
-    settings = {"method": name, "rtol": 1e-4, "atol": 1e-4, "dt0": 0.2 if METHODS[name].one_step else 0.01, **tight(name)}
+    dt0 = 0.2 if METHODS[name].one_step else 0.01
+    settings = {"method": name, "rtol": 1e-4, "atol": 1e-4, "dt0": dt0, **tight(name)}
     joint = solve(problem.f, y0, t, dense=True, **settings)
     alone = solve(problem.f, y0.unsqueeze(0), t, batch_dim=0, dense=True, **settings)
     torch.testing.assert_close(alone.y[:, 0], joint.y, rtol=1e-12, atol=1e-12)
@@ -369,7 +371,7 @@ def test_single_precision_at_adaptive_steps(name, device):
         assert relative_error(y.cpu().double().reshape(reference.shape), reference) < 1e-3 * allowed(name)
 
 
-@pytest.mark.xfail(strict=True, reason="the repeated step of a failed sample hides why it failed, where gradients are recorded")
+@pytest.mark.xfail(strict=True, reason="where gradients are recorded, a failed sample's repeated step hides its reason")
 def test_one_sample_fails_for_the_reason_a_joint_solve_fails_for():
     """Here I - dt J is not positive definite, which is the inner solver's failure and not f's."""
     y0, t = entire_exact(times(0.3))[0], times(0.0, 1.0)
@@ -404,7 +406,8 @@ def known_steps(name: str, batch_dim: int | None, device: torch.device, end: flo
     found: list[float] = []
     y0 = torch.zeros((1,), dtype=torch.float64, device=device)
     y0 = y0 if batch_dim is None else y0.unsqueeze(0)
-    settings = {"method": "adaptive_heun", "controller": name, "rtol": 1e-30, "atol": 1e-3, "batch_dim": batch_dim} | options
+    settings = {"method": "adaptive_heun", "controller": name, "rtol": 1e-30, "atol": 1e-3, "batch_dim": batch_dim}
+    settings |= options
 
     def note(step) -> None:
         if bool(step.accepted):
@@ -414,7 +417,7 @@ def known_steps(name: str, batch_dim: int | None, device: torch.device, end: flo
     return found, int(sol.stats.rejected)
 
 
-GAINS = {"i": (1, 0, 0), "pi": (Fraction(3, 10), Fraction(4, 10), 0), "pid": (Fraction(2, 9), Fraction(-2, 9), Fraction(1, 18))}
+GAINS = {"i": (1, 0, 0), "pi": (0.3, 0.4, 0), "pid": (2 / 9, -2 / 9, 1 / 18)}
 """kI, kP, kD: the classical rule; PI3040 (Gustafsson 1991); H312PID (Söderlind 2003, table III)."""
 
 
@@ -437,9 +440,11 @@ def test_step_sizes_follow_the_formula_of_the_gains(gains, batch_dim, device):
     assert found[:12] == pytest.approx(expected, rel=1e-9)
 
 
-def test_gains_of_the_literature():
-    assert {name: CONTROLLERS[name].kI for name in ("i", "pi")} == {"i": 1.0, "pi": 0.3}
-    assert (CONTROLLERS["i"].kP, CONTROLLERS["i"].kD, CONTROLLERS["pi"].kP, CONTROLLERS["pi"].kD) == (0, 0, 0.4, 0)
+@pytest.mark.parametrize(
+    "name", ["i", "pi", pytest.param("pid", marks=pytest.mark.xfail(strict=True, reason="not the gains of H312PID"))]
+)
+def test_gains_are_those_of_the_literature(name):
+    assert (CONTROLLERS[name].kI, CONTROLLERS[name].kP, CONTROLLERS[name].kD) == pytest.approx(GAINS[name])
 
 
 @pytest.mark.parametrize(
@@ -489,7 +494,8 @@ def test_factor_min_accepted_bounds_shrinking_after_accepted_steps(batch_dim, de
             lambda t, y: y**2, y0, [0.0, 0.95], batch_dim=batch_dim, rtol=1e-7, atol=1e-7,
             observer=lambda s: seen.append(float(s.dt)) if bool(s.accepted) else None, **options,
         ).stats  # fmt: skip
-        return [b / a for a, b in zip(seen[:-2], seen[1:-1])], int(stats.rejected)
+        # The last step is cut to the end.
+        return [b / a for a, b in pairwise(seen[:-1])], int(stats.rejected)
 
     free, _ = ratios()
     assert sum(r < 0.99 for r in free) > 10
@@ -503,12 +509,12 @@ def test_factor_min_accepted_bounds_shrinking_after_accepted_steps(batch_dim, de
 def test_dt_max_and_dt0_are_kept(name, device):
     problem = problems(name)[1]
     y0 = problem.exact(problem.times())[0].to(device)
+    settings = {"method": name, "rtol": 1e-2, "atol": 1e-2, "dt0": 1e-3, "dt_max": 0.02}
+    seen: list[Tensor] = []
     for batch_dim, start in ((None, y0), (0, y0.expand(2, -1))):
-        seen: list[Tensor] = []
-        solve(
-            problem.f, start, [0.0, 1.0], method=name, rtol=1e-2, atol=1e-2, batch_dim=batch_dim, dt0=1e-3, dt_max=0.02,
-            observer=lambda s: seen.append(torch.as_tensor(s.dt).clone()),
-        )  # fmt: skip
+        seen.clear()
+        observer = lambda step: seen.append(torch.as_tensor(step.dt).clone())
+        solve(problem.f, start, [0.0, 1.0], batch_dim=batch_dim, observer=observer, **settings)
         steps = torch.stack(seen)
         assert (steps[0] == 1e-3).all()
         assert steps.max() <= 0.02 * (1 + 1e-12)
@@ -570,9 +576,8 @@ def test_one_new_tableau_is_a_method(scratch, device):
 
 def test_one_new_method_of_fixed_order_is_a_method(scratch, device):
     """Ralston's third-order formula has no error estimate: fixed steps work, adaptive ones say what to give."""
-    ralston3 = Tableau(
-        "ralston3", 3, c=(0.0, 1 / 2, 3 / 4), a=((), (1 / 2,), (0.0, 3 / 4)), b=(2 / 9, 1 / 3, 4 / 9), reference="Ralston 1962"
-    )
+    rows = ((), (1 / 2,), (0.0, 3 / 4))
+    ralston3 = Tableau("ralston3", 3, c=(0.0, 1 / 2, 3 / 4), a=rows, b=(2 / 9, 1 / 3, 4 / 9), reference="Ralston 1962")
     METHODS.register("ralston3", RungeKutta(ralston3))
     f, exact = shifted(device)
     t = times(1.0, 0.0, device=device)

@@ -213,8 +213,8 @@ def test_a_solve_leaves_nothing_that_holds_the_graph():
 # --- fields in wrappers ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("options", [*SETTINGS[:2], SETTINGS[3]])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@settings
 def test_a_compiled_field(options, backend):
     torch._dynamo.reset()
     net, y0 = Net(), torch.randn(4, 3)
