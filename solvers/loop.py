@@ -401,6 +401,7 @@ class _RowRun(_Run):
         self.ended = zero.clone()
         self.extra = zero.clone()
         self.history: list[int] = []
+        self.replaced: tuple[Tensor, Tensor] | None = None
         self.active = ~alone
         self.moving = self.active.to(self.t.dtype)
         self._codes = {code: torch.tensor(int(code), dtype=torch.int8, device=layout.device) for code in Status}
@@ -415,6 +416,17 @@ class _RowRun(_Run):
             if bool(undefined.any()):
                 self._end(undefined, Status.NON_FINITE)
                 self._recount()
+                if self.running and (self.grad or self.tape is not None):
+                    self._stand_in(undefined)
+
+    def _stand_in(self, undefined: Tensor) -> None:
+        """An active row's state in place of those where f is not finite: f still sees every row, and a NaN in one would
+        reach the gradient of all that the rows share. :meth:`finish` puts the states back."""
+        layout = self.layout
+        donor = int(layout.per_row(self.active).nonzero()[0])
+        self.replaced = undefined, self.y
+        self.y = torch.where(layout.spread(undefined), self.y[donor].detach(), self.y)
+        self.state = self.restarted(self.y)
 
     def _recount(self) -> None:
         """Samples that still move; only where the loop waits for the device anyway."""
@@ -572,6 +584,9 @@ class _RowRun(_Run):
         self._recount()
 
     def finish(self) -> Trajectory:
+        if self.replaced is not None:
+            undefined, y = self.replaced
+            self.y = torch.where(self.layout.spread(undefined), y, self.y)
         success = self.status == Status.SUCCESS
         broken = success & ~self.layout.finite(self.y.detach())
         self.status = torch.where(broken, int(Status.NON_FINITE), self.status).to(torch.int8)
