@@ -100,8 +100,8 @@ def run(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     result = entry.run(settings)
     show(result.tables)
-    entry.draw(result, plot)
     write_json(target, entry.name, asdict(settings), machine(), result, plot)
+    entry.draw(result, plot)
     print(f"{entry.name}: {time.perf_counter() - started:.0f} s; wrote {target} and {plot}")
 
 

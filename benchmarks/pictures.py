@@ -120,14 +120,21 @@ def show_work(axes: Any, rows: list[dict[str, Any]], problem: Any) -> None:
         axes.plot(row["evaluations"], row["error"], "o", color=colour, markersize=4)
         label = row["solver"].removeprefix("prox_euler, ")
         axes.annotate(label, (row["evaluations"], row["error"]), fontsize=6, xytext=(3, 2), textcoords="offset points")
+    stopped = [row for row in rows if row.get("ended", "").startswith("stopped") and row.get("evaluations")]
+    for place, row in enumerate(stopped):  # it has no error: at the upper border, at the evaluations it had made
+        at = (row["evaluations"], 0.97 - 0.05 * place)
+        axes.plot(*at, ">", color="black", markersize=4, transform=axes.get_xaxis_transform())
+        axes.text(*at, f"{row['solver']} stopped  ", transform=axes.get_xaxis_transform(), fontsize=6, ha="right", va="center")
     for axis, scale, values in (
-        (axes.xaxis, axes.set_xscale, [row["evaluations"] for row in rows if row.get("error")]),
+        (axes.xaxis, axes.set_xscale, [row["evaluations"] for row in [*stopped, *rows] if row.get("error") or row in stopped]),
         (axes.yaxis, axes.set_yscale, [row["error"] for row in rows if row.get("error")]),
     ):
         scale("log")
         axis.set_minor_formatter(NullFormatter())
         if values:
             whole = [math.floor(math.log10(min(values))), math.ceil(math.log10(max(values) * 1.3))]
+            if axis is axes.yaxis:  # room for the stopped ones above the others
+                whole[1] += math.ceil(0.06 * len(stopped) * (whole[1] - whole[0]))
             axis.set_view_interval(10.0 ** whole[0], 10.0 ** whole[1], ignore=True)
     axes.set_xlabel("evaluations of f", fontsize=8)
     axes.set_title(f"error{f' ({problem.unit})' if problem.unit else ', relative'}; red: prox_euler", fontsize=9)

@@ -366,4 +366,4 @@ def draw(result: Result, path: Path) -> None:
     save(drawn, path)
 
 
-BENCHMARKS.add("speed", Benchmark("speed", "time and memory against torchdiffeq and torchode", "3 min", "25 s", run, draw))
+BENCHMARKS.add("speed", Benchmark("speed", "time and memory against torchdiffeq and torchode", "3 to 4 min", "40 s", run, draw))

@@ -92,7 +92,7 @@ FIXED = ("euler", "rk4", "dopri5", "dop853", "explicit_adams", "implicit_adams")
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_adaptive_steps(method: str, mode: str) -> None:
     # Where the estimated error is rounding noise, two ways to add it up do not choose the same steps.
-    rtol = 1e-4 if method in ("adaptive_heun", "bosh3") else 1e-7
+    rtol = {"adaptive_heun": 1e-3, "bosh3": 1e-4, "abm": 1e-5}.get(method, 1e-7)
     agrees(mode, 1e-11 if mode != "joint" else 1e-12, method=method, rtol=rtol, atol=1e-2 * rtol)
 
 
@@ -113,12 +113,15 @@ def test_high_orders_adaptive(method: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("extra", [{}, {"checkpoints": 2}], ids=["all", "two"])
 def test_implicit_steps(mode: str, extra: dict[str, Any]) -> None:
-    agrees(mode, 1e-9, extra, method="prox_euler", num_steps=30)
+    agrees(mode, 1e-9, extra, method="prox_euler", num_steps=12)
 
 
-@pytest.mark.parametrize(("mode", "kind"), [(m, k) for m in MODES for k in ("reversed", "ragged") if (m, k) != ("joint", "ragged")])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["reversed", "ragged"])
 @pytest.mark.parametrize("options", [{"rtol": 1e-5}, {"method": "rk4", "dt": 0.11}, {"method": "abm"}], ids=str)
-def test_directions_and_ragged_times(options: dict[str, Any], mode: str, kind: str) -> None:
+def test_directions_and_ragged_times(options: dict[str, Any], kind: str, mode: str) -> None:
+    if mode == "joint" and kind == "ragged":
+        kind = "plain"  # rows of times need rows
     agrees(mode, 1e-10, kind=kind, **options)
 
 
@@ -131,7 +134,11 @@ def test_saving(save: str, options: dict[str, Any], mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("count", [1, 2, 5])
-@pytest.mark.parametrize("options", [{"rtol": 1e-6}, {"method": "implicit_adams", "num_steps": 13}, {"method": "abm"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"rtol": 1e-6}, {"method": "implicit_adams", "num_steps": 13}, {"method": "abm", "rtol": 1e-4}],
+    ids=str,
+)
 def test_few_checkpoints(options: dict[str, Any], count: int, mode: str) -> None:
     few = agrees(mode, 1e-10, {"checkpoints": count}, **options)
     if count == 1:
@@ -455,7 +462,9 @@ def test_backsolve_goes_on_with_its_step_size() -> None:
 
 
 def test_backsolve_says_that_the_backward_solve_failed() -> None:
+    factor = [-1.0]
     y0 = torch.ones(1, dtype=D, requires_grad=True)
-    y = solve(lambda t, y: -50 * (y - torch.cos(t)), y0, [0.0, 20.0], adjoint="backsolve").y
-    with pytest.raises(SolveError, match="backward solve of adjoint='backsolve'"):
+    y = solve(lambda t, y: factor[0] * y, y0, [0.0, 1.0], adjoint="backsolve").y
+    factor[0] = math.nan
+    with pytest.raises(SolveError, match=r"backward solve of adjoint='backsolve' failed \(NON_FINITE\)"):
         y.sum().backward()

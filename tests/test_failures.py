@@ -182,6 +182,31 @@ def test_a_failed_solve_returns_what_every_kind_of_save_has(save, mode):
         assert torch.isnan(y[5:]).all()
 
 
+@pytest.mark.parametrize("how", [dict(batch_dim=0), dict(batch_index=torch.arange(4))], ids=["samples", "groups"])
+@pytest.mark.parametrize("adjoint", ["backprop", "checkpoint"])
+@pytest.mark.parametrize("start", [NAN, -1.0, math.inf, 1.0])
+def test_a_row_without_a_solution_leaves_the_gradient_of_the_others_alone(start, adjoint, how):
+    """Not a number from the start, outside the domain of f, and leaving it on the way."""
+
+    def gradient(y0, **how):
+        w = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+        y0 = y0.clone().requires_grad_()
+        solution = solve(lambda t, y: -w * torch.sqrt(y), y0, [0.0, 0.5, 2.5], throw=False, adjoint=adjoint, **how)
+        arrived = solution.status == Status.SUCCESS
+        return solution, *torch.autograd.grad(solution.y[:, arrived].sum(), (w, y0))
+
+    rows = batch(9.0, start, 16.0, 25.0)
+    solution, w, y0 = gradient(rows, **how)
+    assert (solution.status >= 10).tolist() == [False, True, False, False]
+    torch.testing.assert_close(solution.y[0], rows, equal_nan=True)
+    if start != 1.0:
+        torch.testing.assert_close(solution.last.y[1], rows[1], equal_nan=True)
+    _, w_rest, y0_rest = gradient(rows[[0, 2, 3]], batch_dim=0)
+    torch.testing.assert_close(w, w_rest)
+    torch.testing.assert_close(y0[[0, 2, 3]], y0_rest)
+    assert y0[1] == 0
+
+
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 def test_a_gradient_through_the_rows_that_arrived_is_finite(method):
     """Whoever drops the failed rows from the loss gets the gradient of a solve without them."""
