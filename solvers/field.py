@@ -45,10 +45,16 @@ class Field:
         self._constants: dict[tuple[float, ...], Tensor] = {}
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        """f at time ``t`` (a tensor from :meth:`times`) and flat state ``y``; same shape as ``y``.
+        """f at time ``t`` (a tensor from :meth:`times`) and flat state ``y``; same shape as ``y``, and the caller's own.
 
+        Without gradients f may answer in the same memory every time, so the answer is copied then.
         Raises ``ArgumentError`` / ``ArgumentTypeError`` if f returns another structure, shape, dtype or device.
         """
+        dy = self.raw(t, y)
+        return dy if torch.is_grad_enabled() else dy.clone()
+
+    def raw(self, t: Tensor, y: Tensor) -> Tensor:
+        """The same for whoever is done with the answer before f is called again: it is not copied."""
         layout = self.layout
         if layout.trivial:
             dy = self.func(t, y, *self.args)

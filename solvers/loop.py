@@ -185,11 +185,7 @@ class _Run(ABC):
     def begin(self) -> None:
         """First evaluation, first step size, method and controller state."""
         plan = self.plan
-        f0 = plan.field(plan.field.time(self.lo), self.y)
-        if not self.grad:
-            # f may answer in the same memory every time, and is asked again before f0 is used.
-            f0 = f0.clone()
-        self.nfe += 1
+        f0 = self.slope(self.y)
         with torch.no_grad():
             self.defined = self.layout.finite(f0) if self.readable else True
             self.dt = self._first_dt(f0)
@@ -265,11 +261,10 @@ class _Run(ABC):
         return self.plan.method.init(self.plan.field, self.lo, self.dt, y, self.slope(y))
 
     def slope(self, y: Tensor) -> Tensor:
-        """f at the current time and ``y``; a copy, since f may answer in the same memory every time."""
+        """f at the current time and ``y``."""
         field = self.plan.field
         self.nfe += 1
-        slope = field(field.time(self.lo), y)
-        return slope if self.grad else slope.clone()
+        return field(field.time(self.lo), y)
 
     @abstractmethod
     def start(self) -> None:

@@ -16,9 +16,6 @@ from .stages import BufferStages, HostStages, ListStages, Row, RowStages
 from .tableau import Tableau
 from .tableaus import TABLEAUS
 
-BUFFER_LIMIT = 1 << 16
-"""Elements of the state above which additions beat matrix-vector products (measured: `benchmarks run speed`)."""
-
 
 class Workspace:
     """The stages of the current step and what is known to be in row 0. Results do not depend on it."""
@@ -79,18 +76,18 @@ class RungeKutta(Method):
     def init(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor | None) -> RKState:
         tableau = self.tableau
         rows = tableau.stages + len(tableau.extension.c_extra)
-        work = Workspace(self._stages(field, dt, y0, rows))
+        work = Workspace(self._stages(field, dt, rows))
         if f0 is not None and not tableau.fsal:
             work.stages.start(f0)
             work.k0_of = y0
         return RKState(f0 if tableau.fsal else None, work)
 
     @staticmethod
-    def _stages(field: Any, dt: Any, y0: Tensor, rows: int) -> ListStages | BufferStages:
+    def _stages(field: Any, dt: Any, rows: int) -> ListStages | BufferStages:
         layout = field.layout
         # A joint step of tensor length carries a gradient, or repeats one that does: the buffers take numbers only.
         listed = torch.is_grad_enabled() or transforms_active() or (layout.joint and isinstance(dt, Tensor))
-        if listed or y0.numel() > BUFFER_LIMIT:
+        if listed:
             return ListStages(layout)
         if layout.is_tensor and layout.same_dtype and field.norm.on_host:
             return HostStages(layout, rows)
@@ -126,8 +123,7 @@ class RungeKutta(Method):
             stages.start(work.end[1])
             work.k0_of = y0
             return 0
-        k0 = field(field.time(t0), y0)
-        stages.start(k0)
+        stages.start(field(field.time(t0), y0))
         work.k0_of = y0
         return 1
 

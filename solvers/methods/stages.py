@@ -63,6 +63,7 @@ class ListStages:
         self.layout = layout
         self.k: list[Tensor] = []
         self.shape = layout.shapes[0] if layout.joint and layout.is_tensor and layout.same_dtype else layout.shape
+        self._end: tuple[Any, Any] = (None, None)
 
     def start(self, k0: Any) -> None:
         self.k = [_shaped(k0, self.shape)]
@@ -81,11 +82,13 @@ class ListStages:
         """Evaluate one stage for each of ``rows``; returns the last stage's argument and the last stage."""
         k, layout = self.k, self.layout
         f = field if layout.shape == self.shape else field.shaped
-        y = _shaped(y, self.shape)
+        # The next step starts from what this one returns: then it is known in the other shape.
+        y = self._end[1] if self._end[0] is y else _shaped(y, self.shape)
         for row, t in zip(rows, times, strict=True):
             point = combine(layout, y, dt, row, k)
             k.append(f(t, point))
-        return _shaped(point, layout.shape), k[-1]
+        self._end = (_shaped(point, layout.shape), point)
+        return self._end[0], k[-1]
 
     def point(self, y: Tensor, dt: Any, weights: tuple[float, ...]) -> Tensor:
         return _shaped(combine(self.layout, _shaped(y, self.shape), dt, weights, self.k), self.layout.shape)
@@ -163,7 +166,7 @@ class BufferStages:
         if self._slots is not None:
             field.into(t, y, self._slots[row])
         else:
-            self._rows[row].copy_(field(t, y))
+            self._rows[row].copy_(field.raw(t, y))
         return Row(row)
 
     def sweep(self, field: Any, times: tuple[Tensor, ...], y: Tensor, dt: Any, rows: Any) -> tuple[Tensor, Tensor | Row]:
@@ -238,7 +241,7 @@ class RowStages(BufferStages):
 
     def evaluate(self, field: Any, t: Tensor, y: Tensor) -> Tensor:
         # The samples of a batch are merged one by one, so the stage itself is wanted, not its row.
-        k = field(t, y)
+        k = field.raw(t, y)
         torch.mul(k, self._wide, out=self._rows[self.count])
         self.count += 1
         return k
@@ -250,7 +253,7 @@ class RowStages(BufferStages):
         start, wide, shape, addmv, mul = y.reshape(-1), self._wide, self.shape, torch.addmv, torch.mul
         for (columns, vector, slot), t in zip(self._plan[1], times):
             point = addmv(start, columns, vector).view(shape)
-            k = field(t, point)
+            k = field.raw(t, point)
             mul(k, wide, out=slot)
         self.count = len(rows) + 1
         return point, k
