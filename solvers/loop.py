@@ -451,11 +451,13 @@ class _RowRun(_Run):
                 self.forced = self.forced + forced
             reject = self.active > accept
             bad = reject & self._stuck(h) if plan.controller.adaptive else reject
-            done = clock.finishes(accept, t1)
+            # With the end as the only stop, to hit a stop is to finish.
+            stopping = accept & hit
+            done = stopping if clock.single else clock.finishes(accept, t1)
             count, inside = self.saver.pending(accept, t1, clock.tied(hit)) if self.saver.interior else (None, None)
             jumping = clock.jumping(accept, t1)
-            flags = self._read(done, bad, reject, error, accept & hit, jumping, count, inside)
-            dt = self._next_dt(h * decision.factor, accept & hit if flags.hit else None)
+            flags = self._read(done, bad, reject, error, stopping, jumping, count, inside)
+            dt = self._next_dt(h * decision.factor, stopping if flags.hit else None)
         failure = out.status
         if flags.redo:
             out, step = self._redo(error, step)
