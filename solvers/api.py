@@ -307,7 +307,12 @@ def _parse_times(t: Any, layout: Layout) -> Tensor:
 
 def _check_times(t: Tensor, joint: bool) -> None:
     if joint:
-        v = t.tolist()
+        try:
+            v = t.tolist()
+        except RuntimeError as error:
+            raise UnsupportedError(
+                "the values of t decide what is done, so torch.func.vmap cannot map over them: give (B, T) times and batch_dim=0"
+            ) from error
         ordered = all(map(operator.lt, v, v[1:])) or all(map(operator.gt, v, v[1:]))
         if ordered and math.isfinite(v[0]) and math.isfinite(v[-1]):
             return

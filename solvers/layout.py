@@ -34,6 +34,14 @@ def transforms_active() -> bool:
     return bool(probe()) if probe is not None else False
 
 
+def carries_gradient(x: Any) -> bool:
+    """Whether ``x`` is a tensor through which a derivative is taken: in reverse, or by a torch.func transform."""
+    if not isinstance(x, Tensor):
+        return False
+    wrapped = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None)
+    return x.requires_grad or bool(wrapped is not None and wrapped(x))
+
+
 class ScalarOps:
     """Algebra of per-sample numbers in joint mode: Python floats and bools, no device work."""
 

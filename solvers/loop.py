@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .control import Controller, JointClock, Jump, RowClock, initial_step
 from .field import Field
-from .layout import Layout, transforms_active
+from .layout import Layout, carries_gradient, transforms_active
 from .methods import Method
 from .norms import ErrorNorm
 from .saveat import JointSaver, RowSaver, SaveAt, Segment
@@ -119,8 +119,9 @@ class Times(NamedTuple):
         stops: list[tuple[Any, int | None]] = [(jump.t, number) for number, jump in enumerate(jumps)]
         stops += [(time, None) for time in self.step_t]
         if self.fixed == "grid":
-            inner = t[..., 1:-1] if t.requires_grad else t[..., 1:-1].detach()
-            columns = inner.unbind(-1) if inner.requires_grad or not layout.joint else inner.tolist()
+            live = carries_gradient(t)
+            inner = t[..., 1:-1] if live else t[..., 1:-1].detach()
+            columns = inner.unbind(-1) if live or not layout.joint else inner.tolist()
             stops = [(column, None) for column in columns] + stops
         fixed = None if self.fixed is None else self._fixed_dt()
         return (JointClock if layout.joint else RowClock)(t, stops, fixed)
@@ -458,11 +459,11 @@ class _RowRun(_Run):
             jumping = clock.jumping(accept, t1)
             flags = self._read(done, bad, reject, error, stopping, jumping, count, inside)
             dt = self._next_dt(h * decision.factor, stopping if flags.hit else None)
-        failure = out.status
+        failure, inner = out.status, out.inner
         if flags.redo:
             out, step = self._redo(error, step)
-        if out.inner is not None and plan.method.implicit:
-            self.inner = self.inner + out.inner * self.active
+        if inner is not None and plan.method.implicit:
+            self.inner = self.inner + inner * self.active
         self.controls = decision.state
         self.accepted.add_(accept)
         self._keep(out, decision, accept, t1, h, hit, step, end, flags, (count, inside), jumping)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .layout import carries_gradient
+
 KINDS = ("t", "final", "steps")
 
 
@@ -64,7 +66,7 @@ class JointSaver:
             return
         source, device = self.clock.source, self.layout.device
         for i, y in enumerate(block.unbind(0)):
-            if first is not None and source.requires_grad:
+            if first is not None and carries_gradient(source):
                 time = source[first + i]
             else:
                 time = torch.full((), times[i], dtype=torch.float64, device=device)

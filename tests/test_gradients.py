@@ -20,7 +20,6 @@ EACH_FIXED = pytest.mark.parametrize("name", FIXED)
 EACH_ADAPTIVE = pytest.mark.parametrize("name", ADAPTIVE)
 EACH_EXPLICIT = pytest.mark.parametrize("name", EXPLICIT)
 BOTH_MODES = pytest.mark.parametrize("batch_dim", [None, 0], ids=["joint", "rows"])
-FORWARD = pytest.mark.xfail(strict=True, reason="jvp to t gives zeros, vmap over t fails inside the loop")
 CLOSE = {"rtol": 1e-5, "atol": 1e-7, "check_undefined_grad": False}
 GRIDS = {"num_steps": {"num_steps": 6}, "dt": {"dt": 0.15}, "grid": {"controller": "fixed"}}
 """Three ways to ask for fixed steps: six, or seven of which the last is short; or one for every output."""
@@ -269,7 +268,7 @@ def test_functional_transforms_of_explicit_methods_at_fixed_steps(name, batch_di
     torch.testing.assert_close(along, exact, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("mode", ["jacrev", pytest.param("jvp", marks=FORWARD), pytest.param("vmap", marks=FORWARD)])
+@pytest.mark.parametrize("mode", ["jacrev", "jvp", "vmap"])
 @EACH_EXPLICIT
 def test_functional_transforms_to_the_times_are_right_or_refused(name, mode, device):
     t = double(0.0, 0.37, 0.8, device=device, grad=False)

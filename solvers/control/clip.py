@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..layout import carries_gradient
+
 TOUCH = 1e-10
 """A step that ends within this fraction of itself before a stop is stretched to it: no slivers."""
 
@@ -55,11 +57,11 @@ def joint_stops(sources: list[tuple[Any, int | None]], start: float, end: float,
         if not 0.0 < sign * (value - start) <= sign * (end - start):
             continue
         source, jumps = found.get(value, (None, ()))
-        if isinstance(time, Tensor) and time.requires_grad:
+        if carries_gradient(time):
             source = time
         found[value] = (source, jumps if jump is None else (*jumps, jump))
     source, jumps = found.get(end, (None, ()))
-    found[end] = (end_source if isinstance(end_source, Tensor) and end_source.requires_grad else source, jumps)
+    found[end] = (end_source if carries_gradient(end_source) else source, jumps)
     return [Stop(v, *found[v]) for v in sorted(found, reverse=sign < 0)]
 
 
@@ -82,9 +84,9 @@ class JointClock:
         self.next = 0
         self.keys = [self.sign * v for v in times]
         self.differentiable = torch.is_grad_enabled() and (
-            t.requires_grad
+            carries_gradient(t)
             or any(s.source is not None for s in self.stops)
-            or (fixed_dt is not None and fixed_dt.requires_grad)
+            or carries_gradient(fixed_dt)
         )
 
     def first(self) -> Any:
@@ -173,7 +175,7 @@ class RowClock:
         self._collect(stops, t.gather(1, last).squeeze(1))
         self.next = torch.zeros_like(self.counts)
         self.differentiable = torch.is_grad_enabled() and (
-            self.stop_source.requires_grad or t.requires_grad or (fixed_dt is not None and fixed_dt.requires_grad)
+            carries_gradient(self.stop_source) or carries_gradient(t) or carries_gradient(fixed_dt)
         )
 
     def _collect(self, stops: list[tuple[Any, int | None]], end: Tensor) -> None:
@@ -183,7 +185,7 @@ class RowClock:
             inside = (self.sign * (column.detach() - self.start) > 0) & (self.sign * (self.end - column.detach()) >= 0)
             column = torch.where(inside, column, torch.nan)
             columns.append(column)
-            owned.append(jump is not None or column.requires_grad)
+            owned.append(jump is not None or carries_gradient(column))
             if jump is not None:
                 self.jump_times[jump] = column.detach()
         source = torch.stack(columns, 1)

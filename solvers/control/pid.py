@@ -91,6 +91,6 @@ class PIDController(Controller):
 
 CONTROLLERS.register("i", PIDController())
 CONTROLLERS.register("pi", PIDController(kI=0.3, kP=0.4))  # Hairer & Wanner II, IV.2.43c: PI3040
-# Exponents 0.58, -0.21, 0.1 of Kennedy & Carpenter, Appl. Numer. Math. 44 (2003), which ARKODE also starts from. Söderlind's
-# H312PID (2/9, -2/9, 1/18) is smoother; measured on four problems, it takes 15 to 30 % more steps.
+# Exponents 0.58, -0.21, 0.1: the PID defaults of ARKODE (SUNDIALS). Söderlind's H312PID (2/9, -2/9, 1/18) is smoother;
+# measured on four problems, it takes 15 to 30 % more steps.
 CONTROLLERS.register("pid", PIDController(kI=0.47, kP=0.01, kD=0.1))
