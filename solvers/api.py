@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import numbers
 import operator
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,7 +140,9 @@ def solve(
             "values that a transform hides. For gradients of adaptive solves use torch.autograd"
         )
     stats = Stats()
-    trajectory = derivative.run(plan, layout.flatten(y0), stats)
+    start = layout.flatten(y0).resolve_conj().resolve_neg()
+    # Dense output begins with this tensor, which the caller may change later.
+    trajectory = derivative.run(plan, start.clone() if dense else start, stats)
     return _finish(plan, trajectory, stats, throw)
 
 
@@ -188,9 +192,9 @@ def _fixed_mode(controller: Any, dt: Any, num_steps: Any, dt0: Any, layout: Layo
     if (dt is not None or num_steps is not None) and named:
         raise ArgumentError(f"dt= and num_steps= mean fixed steps, which controller={controller!r} does not take")
     if num_steps is not None:
-        if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
+        if not isinstance(num_steps, numbers.Integral) or isinstance(num_steps, bool) or num_steps < 1:
             raise ArgumentError(f"num_steps must be an integer >= 1, found {num_steps!r}")
-        fixed: Any = num_steps
+        fixed: Any = int(num_steps)
     elif dt is not None:
         fixed = _positive_step(dt, "dt", layout)
     elif controller is not None and not named:
@@ -203,11 +207,13 @@ def _fixed_mode(controller: Any, dt: Any, num_steps: Any, dt0: Any, layout: Layo
 
 
 def _positive_step(dt: Any, what: str, layout: Layout | None) -> Any:
+    if isinstance(dt, Tensor) and dt.requires_grad:
+        raise ArgumentError(f"{what} cannot require a gradient: pass {what}.detach(), or num_steps= with a t that requires one")
     if isinstance(dt, Tensor) and dt.dim() > 0:
         if layout is None or layout.joint or dt.shape != (layout.batch,):
             raise ArgumentError(f"{what} must be a number or of shape (B,) in a batched mode, found {tuple(dt.shape)}")
         low = float(dt.min())
-    elif isinstance(dt, (int, float, Tensor)) and not isinstance(dt, bool):
+    elif isinstance(dt, (numbers.Real, Tensor)) and not isinstance(dt, bool):
         low = dt = float(dt)
     else:
         raise ArgumentTypeError(f"{what} must be a number, found {type(dt).__name__}")
@@ -281,6 +287,11 @@ def _parse_times(t: Any, layout: Layout) -> Tensor:
     """Times as ``(T,)`` or, in the batched modes, ``(B, T)``, float64 on the state's device."""
     if isinstance(t, Tensor):
         times = t
+    elif isinstance(t, np.ndarray) or (isinstance(t, (list, tuple)) and len(t) and isinstance(t[0], (list, tuple))):
+        try:
+            times = torch.as_tensor(t)
+        except (TypeError, ValueError, RuntimeError):
+            raise ArgumentTypeError(f"t must hold numbers, in rows of one length, found {t!r:.60}") from None
     else:
         try:
             entries = [torch.as_tensor(entry, dtype=torch.float64, device=layout.device) for entry in t]
@@ -392,7 +403,7 @@ def _check_limits(dt_min: Any, dt_max: Any, force_dt_min: Any, max_steps: Any, o
         raise ArgumentError(f"dt_min={dt_min} must not exceed dt_max={dt_max}")
     if force_dt_min and dt_min == 0:
         raise ArgumentError("force_dt_min=True needs a dt_min= > 0 to accept steps at, found 0")
-    if not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1:
+    if not isinstance(max_steps, numbers.Integral) or isinstance(max_steps, bool) or max_steps < 1:
         raise ArgumentError(f"max_steps must be an integer >= 1, found {max_steps!r}")
     if observer is not None and not callable(observer):
         raise ArgumentTypeError(f"observer must be callable, found {type(observer).__name__}")

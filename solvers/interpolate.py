@@ -16,7 +16,7 @@ class DenseOutput:
     Args:
         method: interpolates one step.
         layout: of the state.
-        pieces: (t, t1, dense, accept) of the accepted steps, in the order of travel.
+        pieces: the accepted steps (``solvers.loop.Piece``), in the order of travel.
         start, end: of the solved interval, float or ``(B,)``.
     """
 
@@ -95,11 +95,10 @@ class DenseOutput:
 
     def _piece(self, number: int, t: Tensor, here: Tensor | None, derivative: int) -> Tensor:
         piece = self.pieces[number]
-        start, end = piece.t, piece.t1
         if here is None:
-            return self.method.interpolate(piece.dense, (t - start) / (end - start), derivative)
-        length = torch.where(end == start, 1.0, end - start)
-        theta = torch.where(here, (t - start) / length, 0.0)
+            return self.method.interpolate(piece.dense, (t - piece.lo) / piece.h, derivative)
+        length = torch.where(piece.h == 0, 1.0, piece.h)
+        theta = torch.where(here, (t - piece.lo) / length, 0.0)
         values = self.method.interpolate(piece.dense, theta, derivative)
         mask = self.layout.per_row(here).unsqueeze(-1)
         return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))

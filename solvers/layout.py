@@ -34,6 +34,11 @@ def transforms_active() -> bool:
     return bool(probe()) if probe is not None else False
 
 
+def forward_mode() -> bool:
+    """Whether forward-mode differentiation is on: buffers and numpy would drop the tangents."""
+    return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
+
+
 def carries_gradient(x: Any) -> bool:
     """Whether ``x`` is a tensor through which a derivative is taken: in reverse, or by a torch.func transform."""
     if not isinstance(x, Tensor):

@@ -24,7 +24,7 @@ from .layout import Layout, carries_gradient, transforms_active
 from .methods import Method
 from .norms import ErrorNorm
 from .saveat import JointSaver, RowSaver, SaveAt, Segment
-from .status import Status
+from .status import ArgumentError, Status
 
 ROUNDING = 1.0 / 16.0
 """A step is below rounding when a sixteenth of it does not change t: stages could not be told apart."""
@@ -60,12 +60,15 @@ class Record(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """One step of the dense output."""
+    """One step of the dense output: from ``t`` to ``t1``; ``lo`` and ``h`` are its start and length with the gradients that
+    they carry."""
 
     t: Any
     t1: Any
     dense: Any
     accept: Any
+    lo: Any
+    h: Any
 
 
 @dataclass
@@ -186,7 +189,10 @@ class _Run(ABC):
     def begin(self) -> None:
         """First evaluation, first step size, method and controller state."""
         plan = self.plan
+        version = None if self.y.is_inference() else self.y._version
         f0 = self.slope(self.y)
+        if version is not None and self.y._version != version:
+            raise ArgumentError("f changed its argument y in place, which is the solver's state: let it work on y.clone()")
         with torch.no_grad():
             self.defined = self.layout.finite(f0) if self.readable else True
             self.dt = self._first_dt(f0)
@@ -335,7 +341,8 @@ class _JointRun(_Run):
         interior = pending is not None and pending[1] > pending[0]
         dense, interpolate = self.interpolator(out, interior)
         if plan.dense:
-            self.pieces.append(Piece(self.t, t1, plan.method.snapshot(dense), True))
+            kept = plan.method.snapshot(dense)
+            self.pieces.append(Piece(self.t, t1, kept, True, lo, step if clock.differentiable else t1 - self.t))
         if self.tape is not None:
             stored = None if plan.method.one_step else state
             kept = dense if self.taped_dense else None
@@ -526,7 +533,8 @@ class _RowRun(_Run):
         self.steady += out.work
         self.history.append(self.steady)
         if plan.dense:
-            self.pieces.append(Piece(self.t, t1, plan.method.snapshot(dense), accept))
+            start = lo if clock.differentiable else self.t
+            self.pieces.append(Piece(self.t, t1, plan.method.snapshot(dense), accept, start, step))
         if self.tape is not None:
             stored = None if plan.method.one_step else state
             outputs = (self.saver.done, count, flags.most, flags.inner)
@@ -576,7 +584,12 @@ class _RowRun(_Run):
         stop = self.plan.observer(step)  # type: ignore[misc]
         if stop is None or stop is False:
             return
-        mask = self.active & torch.as_tensor(stop, device=self.active.device)
+        stop = torch.as_tensor(stop, device=self.active.device).to(torch.bool)
+        if stop.shape not in ((), self.active.shape):
+            raise ArgumentError(
+                f"observer must return a bool or a mask of shape {tuple(self.active.shape)}, found {tuple(stop.shape)}"
+            )
+        mask = self.active & stop
         self.dt_last = torch.where(mask, self.dt, self.dt_last)
         self._end(mask, Status.STOPPED)
         self._recount()

@@ -83,9 +83,11 @@ class ErrorNorm:
         scale *= self.rtol
         scale += self._host_atol
         # What is not finite must pass without numpy's warnings, but it is rare, and silencing them is not for free.
-        if not math.isfinite(scale.dot(error)):
-            return math.inf
-        error = error / scale
+        if not math.isfinite(float((scale + error).sum(dtype=np.float64))):
+            with np.errstate(all="ignore"):
+                if not (np.isfinite(scale).all() and np.isfinite(error).all()):
+                    return math.inf
+        error = np.divide(error, scale, dtype=np.float64)
         square = float(error.dot(error))
         # Kept for y1 only: a rejected step, the rarer case, computes |y0| again.
         self._host_seen = (y1, end)

@@ -105,11 +105,13 @@ class JointSaver:
         if self.save.kind == "final" and not self.blocks:
             self._keep([t], y.unsqueeze(0))
         missing = self.total - self.done if self.save.kind == "t" else 0
-        times = self.clock.source.detach() if self.save.kind == "t" else torch.tensor(self.times, dtype=torch.float64)
+        own = self.save.kind == "t"
+        # Copies: what is returned must not change with the caller's t or y0.
+        times = self.clock.source.detach().clone() if own else torch.tensor(self.times, dtype=torch.float64, device=y.device)
         if self.save.fn is None:
             if missing:
                 self.blocks.append(torch.full((missing, *y.shape), torch.nan, dtype=y.dtype, device=y.device))
-            return times, self.blocks[0] if len(self.blocks) == 1 else torch.cat(self.blocks)
+            return times, self.blocks[0].clone() if len(self.blocks) == 1 else torch.cat(self.blocks)
         return times, pytree.tree_map(lambda *x: _stack(list(x), missing), *self.blocks)
 
 
@@ -233,7 +235,7 @@ class RowSaver:
 
     def _output_times(self, t: Tensor, total: int) -> Tensor:
         if self.save.kind == "t":
-            return self.clock.source.detach()
+            return self.clock.source.detach().clone()
         if self.save.kind == "final":
             return t.unsqueeze(1)
         times = torch.full((len(t), total), torch.nan, dtype=torch.float64, device=t.device)

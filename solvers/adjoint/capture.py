@@ -6,6 +6,7 @@ silently lost. One evaluation at the start shows most of them; each replayed ste
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -43,7 +44,8 @@ def find(plan: Any, y0: Tensor) -> Captured:
         leaves, crossings = _boundary(roots, start)
         direct.update(leaves)
         if not crossings:
-            return Captured(tuple(direct.values()), False, 1)
+            # Nodes are numbered per thread: elsewhere than in the main one, older graphs may pass for new.
+            return Captured(tuple(direct.values()), threading.current_thread() is not threading.main_thread(), 1)
         # Alive until here, because the graph's nodes are what the second evaluation's tensors are compared with.
         with _Watch() as watch:
             _evaluate(plan, field, y0)

@@ -219,8 +219,9 @@ class RowClock:
         stop = self._current(self.stop_values)
         rest = stop - t
         hit = rest / dt <= self.touch
-        # Rows that rest have dt = 0 or lie on their stop; the product only makes sure of it.
-        h = torch.where(hit, rest * INSIDE, dt) * active
+        h = torch.where(hit, rest * INSIDE, dt)
+        # Samples that rest: their dt is 0, but for constant steps, where it may be infinite (a grid), so no product.
+        h = torch.where(active > 0, h, 0.0) if self.fixed else h * active
         return torch.where(hit, stop, t + h), h, hit
 
     def graph(self, lo: Tensor, t1: Tensor, h: Tensor, hit: Tensor) -> tuple[Tensor, Tensor]:

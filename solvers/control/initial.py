@@ -38,7 +38,8 @@ def initial_step(field: Any, norm: Any, t0: Any, y0: Tensor, f0: Tensor, error_o
     )
     # f may not exist where the Euler step led: then only its length is known to be too much.
     h1 = ops.where(ops.isfinite(d2), h1, h0 * 0.01)
-    dt = _as_time(ops.minimum(ops.minimum(100 * h0, h1), abs(span)), layout)
+    # 50 and not the book's 100, which for y' = -lambda y is 1 / lambda exactly: there the error estimate of bosh3 has a root.
+    dt = _as_time(ops.minimum(ops.minimum(50 * h0, h1), abs(span)), layout)
     return dt, 1
 
 

@@ -40,7 +40,8 @@ def distances(dt: Any, steps: tuple[Any, ...]) -> Any:
             total += step
             s.append(total / dt)
         return s
-    unit = torch.where(dt == 0, 1.0, dt) if dt.dim() else dt
+    # Where dt is 0 any unit of the history's own sign will do: one of the other could make 1 + s_1 vanish.
+    unit = torch.where(dt == 0, steps[0] if steps else torch.ones_like(dt), dt) if dt.dim() else dt
     return torch.stack([torch.zeros_like(unit), *steps]).cumsum(0) / unit
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..layout import transforms_active
+from ..layout import forward_mode, transforms_active
 from .base import METHODS, Method, StepOut
 from .stages import BufferStages, HostStages, ListStages, Row, RowStages
 from .tableau import Tableau
@@ -86,7 +86,7 @@ class RungeKutta(Method):
     def _stages(field: Any, dt: Any, rows: int) -> ListStages | BufferStages:
         layout = field.layout
         # A joint step of tensor length carries a gradient, or repeats one that does: the buffers take numbers only.
-        listed = torch.is_grad_enabled() or transforms_active() or (layout.joint and isinstance(dt, Tensor))
+        listed = torch.is_grad_enabled() or transforms_active() or forward_mode() or (layout.joint and isinstance(dt, Tensor))
         if listed:
             return ListStages(layout)
         if layout.is_tensor and layout.same_dtype and field.norm.on_host:
