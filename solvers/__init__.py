@@ -3,6 +3,7 @@
 from . import nn
 from .adjoint import ADJOINTS, Adjoint
 from .api import solve
+from .compat import odeint, odeint_adjoint, odeint_dense
 from .control import CONTROLLERS, Controller, Jump
 from .loop import Step
 from .methods import METHODS, Method
@@ -46,5 +47,8 @@ __all__ = [
     "UnknownNameError",
     "UnsupportedError",
     "nn",
+    "odeint",
+    "odeint_adjoint",
+    "odeint_dense",
     "solve",
 ]

@@ -115,7 +115,41 @@ class Field:
             return t.to(self.time_dtype) if t.dtype != self.time_dtype or t.requires_grad else t.clone()
         return torch.full((), t, dtype=self.time_dtype, device=self.layout.device)
 
+    def before(self, limit: Any, sign: Any) -> Field:
+        """This field for a step that ends at ``limit``, where f is discontinuous: it meets no time at or after that.
+
+        ``limit``: float, or ``(B,)`` with NaN where nothing is to be kept away from. ``sign``: of the direction of travel.
+        """
+        return _Before(self, limit, sign)
+
+    def renewed(self, args: tuple[Any, ...], norm: Any) -> Field:
+        """The same field with other arguments and another error norm."""
+        return type(self)(self.func, self.layout, args, self.time_dtype, norm)
+
     def _nodes(self, nodes: tuple[float, ...]) -> Tensor:
         if nodes not in self._constants:
             self._constants[nodes] = torch.tensor(nodes, dtype=torch.float64, device=self.layout.device)
         return self._constants[nodes]
+
+
+class _Before(Field):
+    """A field whose times stop short of a limit by the smallest step of their dtype."""
+
+    __slots__ = ("_latest", "_sign")
+
+    def __init__(self, field: Field, limit: Any, sign: Any) -> None:
+        super().__init__(field.func, field.layout, field.args, field.time_dtype, field.norm)
+        end = torch.as_tensor(limit, dtype=torch.float64, device=field.layout.device).to(self.time_dtype)
+        self._sign = torch.as_tensor(sign, dtype=self.time_dtype, device=end.device)
+        self._latest = torch.nextafter(end, -self._sign * torch.inf)
+
+    def _cut(self, t: Tensor) -> Tensor:
+        late = (t.detach() - self._latest) * self._sign > 0
+        # The time moves, its gradient stays: a stage at the end of the step still follows that end.
+        return t + torch.where(late, self._latest - t.detach(), 0.0)
+
+    def times(self, t0: Any, dt: Any, nodes: tuple[float, ...]) -> tuple[Tensor, ...]:
+        return tuple(self._cut(t) for t in super().times(t0, dt, nodes))
+
+    def time(self, t: Any) -> Tensor:
+        return self._cut(super().time(t))

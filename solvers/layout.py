@@ -133,6 +133,9 @@ class Layout:
         batch_dim: None (joint) or 0 (dimension 0 of every leaf counts samples).
         batch_index: ``(R,)`` integers, the group of each row; dimension 0 of every leaf counts rows.
 
+    Attributes:
+        lenient: whether f may answer in another dtype and, for trees, another sequence and other shapes of as many elements.
+
     Raises ``ArgumentTypeError`` for leaves that are no floating or complex tensors, ``ArgumentError`` for leaves on
     different devices or with different numbers of rows.
     """
@@ -160,6 +163,7 @@ class Layout:
         self.shape = (self.width,) if self.joint else (self.rows, self.width)
         self.same_dtype = all(d == self.dtype for d in self.dtypes)
         self.trivial = self.is_tensor and self.same_dtype and tuple(self.shapes[0]) == tuple(self.shape)
+        self.lenient = False
         if self.index is not None:
             self.group_sizes = torch.bincount(self.index, minlength=self.batch).to(self.real_dtype)
 
@@ -179,7 +183,7 @@ class Layout:
                 raise ArgumentTypeError(f"{what} must be a tensor like the state, found {type(tree).__name__}")
         else:
             leaves, spec = pytree.tree_flatten(tree)
-            if spec != self.spec:
+            if spec != self.spec and not (self.lenient and len(leaves) == len(self.shapes)):
                 raise ArgumentTypeError(f"{what} must have the structure of the state, {self.spec}, found {spec}")
         flat = [self._flatten_leaf(leaf, i, what) for i, leaf in enumerate(leaves)]
         return flat[0] if self.single else torch.cat(flat, dim=-1)
@@ -188,6 +192,8 @@ class Layout:
         where = what if self.is_tensor else f"leaf {i} of {what}"
         if not isinstance(leaf, Tensor):
             raise ArgumentTypeError(f"{where} must be a tensor, found {type(leaf).__name__}")
+        if self.lenient:
+            leaf = self._adapted(leaf, i)
         if leaf.shape != self.shapes[i]:
             raise ArgumentError(f"{where} must have shape {tuple(self.shapes[i])}, found {tuple(leaf.shape)}")
         if leaf.dtype != self.dtypes[i] and not _lossless(leaf.dtype, self.dtypes[i]):
@@ -198,6 +204,13 @@ class Layout:
             raise ArgumentError(f"{where} must be on the state's device {self.device}, found {leaf.device}")
         leaf = leaf.reshape(-1) if self.joint else leaf.reshape(self.rows, self.sizes[i])
         return leaf if leaf.dtype == self.dtype else leaf.to(self.dtype)
+
+    def _adapted(self, leaf: Tensor, i: int) -> Tensor:
+        """Leaf ``i`` in the state's dtype and, for a tree, in any shape of as many elements."""
+        if leaf.dtype != self.dtypes[i] and (self.dtypes[i].is_complex or not leaf.is_complex()):
+            leaf = leaf.to(self.dtypes[i])
+        same = leaf.numel() == math.prod(self.shapes[i])
+        return leaf.reshape(self.shapes[i]) if same and not self.is_tensor else leaf
 
     def unflatten(self, flat: Tensor) -> Any:
         """Inverse of :meth:`flatten`; extra leading dimensions of ``flat`` are kept in front of every leaf's shape."""

@@ -91,6 +91,7 @@ class Plan:
     observer: Callable[[Step], Any] | None = None
     dense: bool = False
     times: Times | None = None
+    initial: Callable[..., tuple[Any, int]] = initial_step
 
     def rebind(self, t: Tensor, args: tuple[Any, ...], jump_times: tuple[Any, ...]) -> Plan:
         """The same plan on other (differentiable) times and arguments of the same shapes and values."""
@@ -100,7 +101,7 @@ class Plan:
         norm = copy.copy(norm)
         return dataclasses.replace(
             self,
-            field=Field(field.func, field.layout, args, field.time_dtype, norm),
+            field=field.renewed(args, norm),
             norm=norm,
             jumps=jumps,
             times=self.times._replace(t=t),
@@ -110,11 +111,12 @@ class Plan:
 
 class Times(NamedTuple):
     """The user's times: ``t`` ``(T,)`` or ``(B, T)`` float64; ``step_t`` columns; ``fixed``: None, "grid", a signed dt,
-    or an int, the number of steps."""
+    or an int, the number of steps; ``clip_end``: whether the last step is shortened to the end (joint mode may leave it)."""
 
     t: Tensor
     step_t: tuple[Any, ...] = ()
     fixed: Any = None
+    clip_end: bool = True
 
     def clock(self, layout: Layout, jumps: tuple[Jump, ...]) -> JointClock | RowClock:
         t = self.t
@@ -127,7 +129,7 @@ class Times(NamedTuple):
             columns = inner.unbind(-1) if live or not layout.joint else inner.tolist()
             stops = [(column, None) for column in columns] + stops
         fixed = None if self.fixed is None else self._fixed_dt()
-        return (JointClock if layout.joint else RowClock)(t, stops, fixed)
+        return JointClock(t, stops, fixed, self.clip_end) if layout.joint else RowClock(t, stops, fixed)
 
     def _fixed_dt(self) -> Tensor:
         t = self.t
@@ -170,6 +172,7 @@ def drive(plan: Plan, y0: Tensor, tape: Callable[[Record], None] | None = None) 
 class _Run(ABC):
     def __init__(self, plan: Plan, y0: Tensor, tape: Callable[[Record], None] | None) -> None:
         self.plan, self.layout = plan, plan.layout
+        self.field = plan.field
         self.ops: Any = plan.layout.ops
         self.clock: Any = plan.clock
         self.tape = tape
@@ -205,7 +208,7 @@ class _Run(ABC):
             return plan.dt0
         order = plan.method.error_order or plan.method.order + 1
         span = clock.end - clock.start
-        dt, work = initial_step(plan.field, plan.norm, self.t, self.y, f0, order, span)
+        dt, work = plan.initial(plan.field, plan.norm, self.t, self.y, f0, order, span)
         self.nfe += work
         dt = self.ops.maximum(self.ops.minimum(dt, plan.dt_max), plan.dt_min)
         return self.ops.copysign(dt, span)
@@ -217,12 +220,14 @@ class _Run(ABC):
             return
         self.attempts += 1
         t1, h, hit = clock.propose(self.t, self.dt, self.moving)
+        if plan.jumps:
+            self.field = before_jump(plan, t1, hit)
         if clock.differentiable:
             step, end = clock.graph(self.lo, t1, h, hit)
-            out = plan.method.step(plan.field, self.lo, step, self.y, self.state, self.active)
+            out = plan.method.step(self.field, self.lo, step, self.y, self.state, self.active)
         else:
             step, end = h, t1
-            out = plan.method.step(plan.field, self.t, h, self.y, self.state, self.active)
+            out = plan.method.step(self.field, self.t, h, self.y, self.state, self.active)
         self.nfe += out.work
         if self.grad:
             with torch.no_grad():
@@ -259,7 +264,7 @@ class _Run(ABC):
         """The step's dense data, completed if ``needed``, and its interpolant."""
         method, dense = self.plan.method, out.dense
         if needed or self.plan.dense or self.taped_dense:
-            dense, work = method.prepare(self.plan.field, dense)
+            dense, work = method.prepare(self.field, dense)
             self.nfe += work
         return dense, lambda theta: method.interpolate(dense, theta)
 
@@ -516,7 +521,7 @@ class _RowRun(_Run):
         plan = self.plan
         still = torch.where(torch.isfinite(error), step, 0.0)
         lo = self.lo if self.clock.differentiable else self.t
-        out = plan.method.step(plan.field, lo, still, self.y, self.state, self.active)
+        out = plan.method.step(self.field, lo, still, self.y, self.state, self.active)
         self.nfe += out.work
         return out, still
 
@@ -634,6 +639,15 @@ def apply_jumps(plan: Plan, numbers: tuple[int, ...], t: Any, y: Tensor) -> Tens
             mapped = jump.map(plan.field.time(t), plan.layout.unflatten(y))
             y = plan.layout.flatten(mapped, f"the value returned by the map of jump {number}")
     return y
+
+
+def before_jump(plan: Plan, t1: Any, hit: Any) -> Any:
+    """The field for a step that ends at ``t1``: where that is the time of a jump, f is met before it only."""
+    clock = plan.clock
+    if isinstance(clock, JointClock):
+        return plan.field.before(t1, clock.sign) if hit and clock.stops[clock.next].jumps else plan.field
+    at_jump = torch.stack([t1 == time for time in clock.jump_times.values()]).any(0)
+    return plan.field.before(torch.where(at_jump, t1, torch.nan), clock.sign)
 
 
 def _cause(status: Any, error: float) -> Status:

@@ -15,7 +15,7 @@ The result differs from the gradient of the discrete solution by an error of the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cache
 from typing import Any, ClassVar, NamedTuple
@@ -49,7 +49,11 @@ class Backsolve(Adjoint):
         adjoint_method: name or instance; None: that of the solve.
         adjoint_rtol, adjoint_atol: tolerances of the backward solve, numbers; None: those of the solve.
         adjoint_norm: "state": the error norm sees y and a; "full": also the gradients of parameters (joint mode only).
+        adapt: a last change to the plan of the backward solve, ``(plan, parameters) -> plan``; its state is the tuple
+            (y, a), flat, and with the full norm the gradients of ``parameters``.
     """
+
+    adapt: Callable[[Plan, list[Tensor]], Plan] | None = None
 
     _: KW_ONLY
     adjoint_method: str | Method | None = None
@@ -69,7 +73,7 @@ class Backsolve(Adjoint):
                 raise ArgumentError(f"{name} must be a positive number or None, found {value!r}")
 
     def run(self, plan: Plan, y0: Tensor, stats: Any) -> Trajectory:
-        return solve_whole(_Continuous, plan, y0, stats, options=self)
+        return solve_whole(Continuous, plan, y0, stats, options=self)
 
 
 ADJOINTS.register("backsolve", Backsolve())
@@ -93,7 +97,7 @@ class _Start(NamedTuple):
     cotangent: Tensor
 
 
-class _Continuous(Sweep):
+class Continuous(Sweep):
     name: ClassVar[str] = "backsolve"
 
     def __init__(self, *arguments: Any, options: Backsolve) -> None:
@@ -174,6 +178,8 @@ class _Continuous(Sweep):
         full = self.options.adjoint_norm == "full"
         state = (start.y, start.cotangent, *(torch.zeros_like(p) for p in dynamics.parameters if full))
         backward = self._plan(plan, dynamics.full if full else dynamics, state, start, outputs)
+        if self.options.adapt is not None:
+            backward = self.options.adapt(backward, dynamics.parameters)
         quadrature = None if full or not dynamics.parameters else _Quadrature(dynamics, backward)
         trajectory = drive(backward, backward.layout.flatten(state), quadrature)
         worst = Status(int(torch.as_tensor(trajectory.status).max()))

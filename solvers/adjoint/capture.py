@@ -33,9 +33,7 @@ def find(plan: Any, y0: Tensor) -> Captured:
     A tensor that was computed before the solve (w = 2 p) is taken as it is where that is possible: one whose graph leads to
     no other captured tensor, and that the evaluation showed by name. Else the leaves behind it are taken instead.
     """
-    field = plan.field.__class__(
-        plan.field.func, plan.layout, pytree.tree_map_only(Tensor, Tensor.detach, plan.field.args), plan.field.time_dtype
-    )
+    field = plan.field.renewed(pytree.tree_map_only(Tensor, Tensor.detach, plan.field.args), None)
     parameters = [p for module in _modules(plan) for p in module.parameters() if p.requires_grad]
     direct: dict[int, Tensor] = {id(p): p for p in parameters}
     with torch.enable_grad():

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..control import JointClock
-from ..loop import Plan, Record, Trajectory, apply_jumps, drive
+from ..loop import Plan, Record, Trajectory, apply_jumps, before_jump, drive
 from ..saveat import Segment, joint_values, row_values
 from ..solution import Stats
 from ..status import ArgumentError
@@ -46,7 +46,7 @@ class Checkpoint(Adjoint):
             raise ArgumentError(f"checkpoints must be None or an integer >= 1, found {k!r}")
 
     def run(self, plan: Plan, y0: Tensor, stats: Any) -> Trajectory:
-        return solve_whole(_Discrete, plan, y0, stats, limit=self.checkpoints)
+        return solve_whole(Discrete, plan, y0, stats, limit=self.checkpoints)
 
 
 ADJOINTS.register("checkpoint", Checkpoint())
@@ -130,7 +130,7 @@ class Tape:
 _TAKEN: Any = object()
 
 
-class _Discrete(Sweep):
+class Discrete(Sweep):
     name: ClassVar[str] = "checkpoint"
 
     def __init__(self, *arguments: Any, limit: int | None) -> None:
@@ -259,7 +259,7 @@ class _Cut:
 class _Replay:
     """Carries the cotangents of y, of the method's state and of the node from each step to the one before."""
 
-    def __init__(self, sweep: _Discrete, tensors: Sequence[Tensor], needed: Sequence[bool], values: Tensor | None) -> None:
+    def __init__(self, sweep: Discrete, tensors: Sequence[Tensor], needed: Sequence[bool], values: Tensor | None) -> None:
         self.sweep, self.layout = sweep, sweep.plan.layout
         self.values: Any = values
         self.records, self.orders = sweep.tape.records, sweep.tape.orders
@@ -395,6 +395,13 @@ class _Replay:
     def _node(self, record: Record) -> Tensor:
         return torch.as_tensor(record.t, dtype=torch.float64, device=self.layout.device).detach().clone()
 
+    def field(self, record: Record) -> Any:
+        """f as the step met it."""
+        if not record.jumps:
+            return self.plan.field
+        self.clock.next = record.stop
+        return before_jump(self.plan, record.t1, record.hit)
+
     def bounds(self, record: Record, lo: Any, graph: bool) -> tuple[Any, Any]:
         """(dt, end) of a step."""
         if not graph:
@@ -445,7 +452,7 @@ class _JointReplay(_Replay):
     def forward(self, record, lo, point, interior):
         plan = self.plan
         dt, end = self.bounds(record, lo, self.graph)
-        out = plan.method.replay(plan.field, lo, dt, point.y, point.state, True, interior)
+        out = plan.method.replay(self.field(record), lo, dt, point.y, point.state, True, interior)
         y, state, work = out.y1, out.state, out.work
         if record.jumps:
             y = apply_jumps(plan, record.jumps, end, y)
@@ -473,7 +480,7 @@ class _JointReplay(_Replay):
     def again(self, record, lo, y, state, graph):
         plan = self.plan
         dt, end = self.bounds(record, lo, graph)
-        out = plan.method.step(plan.field, lo, dt, y, state, True)
+        out = plan.method.step(self.field(record), lo, dt, y, state, True)
         if not record.jumps:
             return out.y1, out.state, out.work
         y = apply_jumps(plan, record.jumps, end, out.y1)
@@ -517,7 +524,7 @@ class _RowReplay(_Replay):
         dt, end = self.bounds(record, lo, self.graph)
         # A rejected trial may have met a NaN: 0 times its derivative would be one too.
         dt = torch.where(record.accept, dt, 0.0)
-        out = plan.method.replay(plan.field, lo, dt, point.y, point.state, record.active, interior)
+        out = plan.method.replay(self.field(record), lo, dt, point.y, point.state, record.active, interior)
         end = torch.where(record.accept, end, lo)
         stored = point.state is not None
         y, state = layout.merge(record.accept, (out.y1, out.state if stored else ()), (point.y, point.state or ()))
@@ -552,7 +559,7 @@ class _RowReplay(_Replay):
         plan, layout = self.plan, self.layout
         dt, end = self.bounds(record, lo, graph)
         dt = torch.where(record.accept, dt, 0.0)
-        out = plan.method.step(plan.field, lo, dt, y, state, record.active)
+        out = plan.method.step(self.field(record), lo, dt, y, state, record.active)
         end = torch.where(record.accept, end, lo)
         y, state = layout.merge(record.accept, (out.y1, out.state), (y, state))
         y, state, calls = self._jump(record, end, y, state, True)

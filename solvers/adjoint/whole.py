@@ -87,8 +87,12 @@ class Sweep(ABC):
         """Cotangents of ``tensors`` from those of the trajectory's ``values`` and ``y_last``."""
 
 
-def solve_whole(sweep: type[Sweep], plan: Plan, y0: Tensor, stats: Any, **options: Any) -> Trajectory:
+def solve_whole(
+    sweep: type[Sweep], plan: Plan, y0: Tensor, stats: Any, more: Sequence[Tensor] = (), **options: Any
+) -> Trajectory:
     """Run ``plan`` as one node; without anything to differentiate for, just run it.
+
+    ``more``: tensors to differentiate for whether or not f is found to use them.
 
     Raises ``UnsupportedError`` under a torch.func transform and for dense output that would need a gradient.
     """
@@ -97,6 +101,8 @@ def solve_whole(sweep: type[Sweep], plan: Plan, y0: Tensor, stats: Any, **option
     if transforms_active():
         raise UnsupportedError(f"torch.func transforms need adjoint='backprop', found {sweep.name!r}")
     captured = capture.find(plan, y0)
+    known = {id(x) for x in captured.tensors}
+    captured = captured._replace(tensors=captured.tensors + tuple(x for x in more if id(x) not in known))
     inputs = Inputs(plan, y0, captured)
     if not any(x.requires_grad for x in inputs.tensors):
         return _counted(drive(plan, y0), captured.work)

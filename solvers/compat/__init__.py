@@ -1,0 +1,7 @@
+"""torchdiffeq's names: ``import solvers as torchdiffeq``."""
+
+from .adjoint import odeint_adjoint
+from .dense import odeint_dense
+from .odeint import odeint
+
+__all__ = ["odeint", "odeint_adjoint", "odeint_dense"]
