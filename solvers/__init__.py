@@ -4,6 +4,7 @@ from . import nn
 from .adjoint import ADJOINTS, Adjoint
 from .api import solve
 from .compat import odeint, odeint_adjoint, odeint_dense
+from .compat.private import install_as_torchdiffeq
 from .control import CONTROLLERS, Controller, Jump
 from .loop import Step
 from .methods import METHODS, Method
@@ -46,6 +47,7 @@ __all__ = [
     "StepUnderflowError",
     "UnknownNameError",
     "UnsupportedError",
+    "install_as_torchdiffeq",
     "nn",
     "odeint",
     "odeint_adjoint",

@@ -26,6 +26,7 @@ from ..field import Field
 from ..loop import Plan, Trajectory, drive
 from ..norms import ErrorNorm, rms
 from ..status import ArgumentError, ArgumentTypeError
+from . import classes
 from .odeint import Problem
 from .options import SCIPY, Choice, callbacks, choose, on_grid
 from .wrappers import perturbed
@@ -64,6 +65,10 @@ def odeint_adjoint(
     problem = Problem.checked(func, y0, t, rtol, atol)
     if event_fn is not None:
         raise ArgumentError("event_fn is not supported yet")
+    solver = classes.own(method)
+    if solver is not None:
+        _parameters(func, adjoint_params, False)
+        return classes.run(solver, func, y0, problem.t, rtol, atol, method, options)
     choice = choose(method, options, func, y0, problem.t)
     request = Request(adjoint_method, adjoint_options, adjoint_rtol, adjoint_atol)
     backward = _backward(problem, choice, request, adjoint_params)

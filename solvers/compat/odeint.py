@@ -15,7 +15,7 @@ from ..api import solve
 from ..loop import Plan, Trajectory
 from ..solution import Solution
 from ..status import ArgumentError, SolveError
-from . import scipy_solver
+from . import classes, scipy_solver
 from .errors import CheckError, CheckTypeError, failure
 from .options import SCIPY, Choice, callbacks, choose
 
@@ -52,6 +52,9 @@ def odeint(
     problem = Problem.checked(func, y0, t, rtol, atol)
     if event_fn is not None:
         raise ArgumentError("event_fn is not supported yet")
+    solver = classes.own(method)
+    if solver is not None:
+        return classes.run(solver, func, y0, problem.t, rtol, atol, method, options)
     choice = choose(method, options, func, y0, problem.t, strict)
     return problem.run(choice, ADJOINTS["backprop"], batch_dim, args).y
 

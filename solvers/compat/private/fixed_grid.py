@@ -1,0 +1,41 @@
+"""Solver classes of the fixed-step methods, for those who derive from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ...methods import METHODS
+from .misc import Perturb
+from .rk_common import _increment
+from .solvers import FixedGridODESolver
+
+
+class _Tabled(FixedGridODESolver):
+    method: str
+
+    def _step_func(self, func: Any, t0: Tensor, dt: Tensor, t1: Tensor, y0: Tensor) -> tuple[Tensor, Tensor]:
+        f0 = func(t0, y0, perturb=Perturb.NEXT if self.perturb else Perturb.NONE)
+        table: Any = METHODS[self.method]
+        return _increment(func, t0, dt, t1, y0, table.tableau, f0, self.perturb), f0
+
+
+class Euler(_Tabled):
+    method, order = "euler", 1
+
+
+class Midpoint(_Tabled):
+    method, order = "midpoint", 2
+
+
+class Heun2(_Tabled):
+    method, order = "heun2", 2
+
+
+class Heun3(_Tabled):
+    method, order = "heun3", 3
+
+
+class RK4(_Tabled):
+    method, order = "rk4", 4
