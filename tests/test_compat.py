@@ -200,6 +200,25 @@ def test_adams_orders_and_warnings():
         torchdiffeq.odeint(decay, y0(1), T, method="implicit_adams", options={"max_order": 3})
 
 
+def test_an_adams_corrector_stops_when_it_has_converged_and_warns_when_it_has_not():
+    def solved(rate, calls):
+        def func(t, y):
+            calls.append(0)
+            return -rate * y
+
+        options = {"step_size": 0.02, "max_order": 4, "max_iters": 30}
+        return torchdiffeq.odeint(func, y0(2), T, method="implicit_adams", options=options)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        few, many = [], []
+        assert (solved(0.1, few)[-1] - math.exp(-0.1)).abs().max() < 1e-8
+        assert (solved(10.0, many)[-1] - math.exp(-10.0)).abs().max() < 1e-4
+    assert len(few) < len(many) < 50 * 30
+    with pytest.warns(UserWarning, match="Functional iteration did not converge. Solution may be incorrect."):
+        solved(1000.0, [])
+
+
 def test_native_methods_samples_and_arguments():
     mu = torch.tensor([1.0, 30.0], dtype=torch.float64)
     y = torchdiffeq.odeint(lambda t, y, mu: -mu.unsqueeze(-1) * y, y0(2, 1), T, method="tsit5", batch_dim=0, args=(mu,))

@@ -18,7 +18,7 @@ from ..registry import options_of
 from ..status import ArgumentError, ArgumentTypeError
 from . import strict as exact
 from .errors import CheckError, CheckTypeError, MethodNameError
-from .wrappers import Watch, Watched, WatchedController, linear, perturbed
+from .wrappers import Corrected, Watch, Watched, WatchedController, linear, perturbed
 
 CLASS_NAMES = {
     "dopri8": "Dopri8Solver",
@@ -61,6 +61,8 @@ IGNORED = {"norm", "dtype", "grid_points", "eps"}
 
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 ENDLESS = 2**31 - 1
+CORRECTED = 0.1
+"""The last correction of a converged Adams step, in units of the tolerance: so small that it does not add to the error."""
 
 
 class Choice(NamedTuple):
@@ -188,7 +190,7 @@ def _adams(name: str, options: Mapping[str, Any]) -> Method:
     corrections = options.get("max_iters", 4)
     if isinstance(corrections, bool) or not isinstance(corrections, int) or corrections < 1:
         raise ArgumentError(f"max_iters must be an integer >= 1, found {corrections!r}")
-    return _with(METHODS["implicit_adams"], {"order": order, "max_corrections": corrections})
+    return Corrected(order=order, max_corrections=corrections, corrector_tol=CORRECTED)
 
 
 # -- fixed steps ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ They stand around an ordinary method, so the one loop runs them and knows nothin
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from ..control.base import Decision
 from ..field import Field
 from ..loop import Plan
 from ..methods import Method, StepOut
+from ..methods.adams import ImplicitAdams
 from ..methods.rk import RungeKutta
 from ..methods.tableau import Extension
 
@@ -201,3 +203,16 @@ def linear(method: Method) -> Method:
     tableau = method.tableau
     straight = Extension(1, tuple((weight,) for weight in tableau.b))
     return RungeKutta(replace(tableau, name=f"{tableau.name} (linear)", extension=straight))
+
+
+class Corrected(ImplicitAdams):
+    """Adams-Moulton that warns where its corrector did not converge, and carries on as torchdiffeq does."""
+
+    def _iterate(self, field: Any, t1: Any, y: Tensor, base: Any, own: Any, active: Any) -> tuple[Tensor, Tensor, int, Any]:
+        y, slope, calls, status = super()._iterate(field, t1, y, base, own, active)
+        if status is not None and bool(status.any() if isinstance(status, Tensor) else status):
+            warnings.warn(
+                "Functional iteration did not converge. Solution may be incorrect. Take smaller steps or more max_iters",
+                stacklevel=2,
+            )
+        return y, slope, calls, None
