@@ -140,12 +140,13 @@ class Round(NamedTuple):
 
 class Found(NamedTuple):
     """What fires in one step. ``cut``: ``(B,)``, whose steps end early, at ``t``; ``code``: the status that samples end with,
-    -1 for those that go on. ``undefined``: samples with a function that is NaN."""
+    -1 for those that go on; ``longest``: limit on their next step. ``undefined``: samples with a function that is NaN."""
 
     rounds: list[Round]
     cut: np.ndarray
     t: np.ndarray
     code: np.ndarray
+    longest: np.ndarray
     undefined: np.ndarray
 
     @property
@@ -344,6 +345,7 @@ class Lookout:
         self.boolean = [False] * len(events)
         self.count = np.zeros(shape[1], dtype=np.int64)
         self.quick = np.zeros(shape[1], dtype=np.int64)
+        self.departed = np.zeros(shape, dtype=bool)
         index = field.layout.index
         self.group = np.arange(field.layout.rows) if index is None else index.cpu().numpy()
         # Those that only take note come first: of two at the same time, the other one ends the step.
@@ -357,6 +359,8 @@ class Lookout:
         self.boolean = [g.dtype == torch.bool for g in values]
         self.value = self._read(values)
         self.sign = np.sign(self.value)
+        self.last = np.broadcast_to(np.asarray(torch.as_tensor(t, dtype=torch.float64).cpu()), self.count.shape).copy()
+        self.longest = np.full(self.count.shape, np.inf)
 
     def _read(self, values: list[Tensor]) -> np.ndarray:
         """``(n, B)`` on the host; True is 1, False is -1."""
@@ -398,6 +402,7 @@ class Lookout:
 
     def _depart(self, step: _Step, tables: list[np.ndarray]) -> None:
         """Signs of functions that start from 0, as far as rounding can tell: that of their derivative."""
+        self.departed[:] = False
         for k, table in enumerate(tables):
             small = np.abs(table[0]) <= 1e-3 * np.abs(table[1:]).max(0)
             small &= self.fresh[k] & step.accept
@@ -408,12 +413,15 @@ class Lookout:
             change, noise = (x.reshape(-1).cpu().numpy() for x in rate(self.events, k, self.field, step.start, y, slope))
             limit = 4 * self.residual[k] + 8 * noise + 4 * np.abs(change) * np.spacing(np.abs(step.t0))
             departing = np.where(np.abs(change * step.length) > limit, np.sign(change * step.length), 0.0)
-            self.sign[k] = np.where(small & (np.abs(table[0]) <= limit), departing, self.sign[k])
+            zero = small & (np.abs(table[0]) <= limit)
+            self.sign[k] = np.where(zero, departing, self.sign[k])
+            self.departed[k] = zero & (departing != 0)
 
     def _order(self, step: _Step, tables: Any, signs: Any, crossings: Any) -> tuple[Found, np.ndarray]:
         """Fire what crosses in the order of time, for each sample up to the first event that cuts its step."""
-        batch = len(step.accept)
+        batch, lanes = len(step.accept), np.arange(len(step.accept))
         roots, place = np.full((len(tables), batch), np.inf), np.zeros((len(tables), batch), dtype=np.int64)
+        cuts, terminal = (np.array([getattr(e, name) for e in self.events]) for name in ("cuts", "terminal"))
 
         def look(k: int, who: np.ndarray) -> None:
             """The next crossing of function k, at or after its place, for samples in ``who``."""
@@ -428,7 +436,6 @@ class Lookout:
             look(k, np.ones(batch, dtype=bool))
         cut, code, at = np.zeros(batch, dtype=bool), np.full(batch, -1), step.t1.copy()
         rounds = []
-        lanes = np.arange(batch)
         while True:
             first = self.order[roots[self.order].argmin(0)]
             theta = roots[first, lanes]
@@ -436,16 +443,19 @@ class Lookout:
             if not fires.any():
                 break
             time = step.time(np.where(fires, theta, 0.0))
-            ends = fires & (np.array([e.cuts for e in self.events])[first] | self._last())
+            ends = fires & (cuts[first] | self._last())
             rounds.append(self._round(np.where(fires, first, -1), time, ends))
-            code = np.where(ends, self._code(first, time, ends, step), code)
+            # It has left 0 and is back before t could change.
+            caught = self.departed[first, lanes] & (theta == 0.0)
+            code = np.where(ends, self._code(terminal[first], caught, time, ends), code)
             cut, at = cut | ends, np.where(ends, time, at)
             for k in np.unique(first[fires & ~ends]).tolist():
                 going = fires & ~ends & (first == k)
                 place[k] += going
                 look(k, going)
         pending = self._pending(step, signs, roots, place, at)
-        return Found(rounds, cut, at, code, np.zeros(batch, dtype=bool)), pending
+        longest = np.where(cut, self.longest, np.inf)
+        return Found(rounds, cut, at, code, longest, np.zeros(batch, dtype=bool)), pending
 
     def _last(self) -> np.ndarray:
         """Samples whose next event is the last one allowed."""
@@ -457,14 +467,21 @@ class Lookout:
         self.count = self.count + fires
         return Round(which, t, number, cut, fires.nonzero()[0], fires[self.group].nonzero()[0])
 
-    def _code(self, which: np.ndarray, t: np.ndarray, ends: np.ndarray, step: _Step) -> np.ndarray:
-        """The status that a sample ends with at its event, -1 if it goes on; counts events in quick succession."""
-        quick = np.abs(t - step.t0) <= QUICK * np.spacing(np.maximum(np.abs(t), np.abs(step.t0)))
+    def _code(self, terminal: np.ndarray, caught: np.ndarray, t: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """The status that samples end with at an event that cuts their step, -1 for those that go on.
+
+        Keeps account of the time between such events: the next step is not to be longer, for it is likely to be cut, too, and
+        rounding errors of a much longer one would be large.
+        """
+        since = np.abs(t - self.last)
+        quick = since <= QUICK * np.spacing(np.maximum(np.abs(t), np.abs(self.last)))
+        self.longest = np.where(ends & ~quick, since, self.longest)
+        self.last = np.where(ends, t, self.last)
         self.quick = np.where(ends, np.where(quick, self.quick + 1, 0), self.quick)
-        code = np.where(self.quick > 2 * len(self.events) + PATIENCE, int(Status.EVENTS_ACCUMULATE), -1)
+        code = np.where(caught | (self.quick > 2 * len(self.events) + PATIENCE), int(Status.EVENTS_ACCUMULATE), -1)
         if self.limit is not None:
             code = np.where(self.count == self.limit, int(Status.MAX_EVENTS), code)
-        return np.where(np.array([e.terminal for e in self.events])[which], int(Status.EVENT), code)
+        return np.where(terminal, int(Status.EVENT), code)
 
     def _pending(self, step: _Step, signs: Any, roots: np.ndarray, place: np.ndarray, at: np.ndarray) -> np.ndarray:
         """Signs before crossings that lie around the times ``at`` but have not come; NaN where there is none."""

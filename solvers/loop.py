@@ -366,7 +366,7 @@ class _JointRun(_Run):
         start = self.t
         self._keep(out, decision, t1, h, hit, step, end, found)
         if found is not None and found.cut[0]:
-            t1, h = self.t, self.t - start
+            t1, h, dt = self.t, self.t - start, math.copysign(min(abs(dt), float(found.longest[0])), dt)
         self.dt = dt if plan.controller.adaptive else self.dt
         if plan.observer is not None:
             ratio = error if plan.controller.adaptive else None
@@ -548,6 +548,8 @@ class _RowRun(_Run):
         if flags.bad or flags.done:
             self.running = flags.running
         if plan.controller.adaptive:
+            if events is not None:
+                dt = torch.copysign(torch.minimum(dt.abs(), events.longest), dt)
             if flags.done:
                 # The last clip says nothing about the error: the step wanted before it is what to go on with.
                 wanted = torch.copysign(torch.maximum(dt.abs(), self.dt.abs()), dt)
@@ -567,8 +569,9 @@ class _RowRun(_Run):
             self.extra = self.extra + (self.nfe - before) * self.active
         if found is None:
             return None, t1, hit, accept, error
-        cut, t, code, undefined = (torch.from_numpy(x).to(t1.device) for x in found[1:])
-        events = _Events(found, cut, code >= 0, code.clamp(min=int(Status.SUCCESS)).to(torch.int8), undefined, (t1, h, hit))
+        cut, t, code, longest, undefined = (torch.from_numpy(x).to(t1.device) for x in found[1:])
+        code = code.to(torch.int8)
+        events = _Events(found, cut, code >= 0, code.clamp(min=0), longest, undefined, (t1, h, hit))
         hit = hit & (~cut | (t == t1))
         return events, torch.where(cut, t, t1), hit, accept & ~undefined, torch.where(undefined, torch.nan, error)
 
@@ -733,12 +736,13 @@ class _Flags(NamedTuple):
 
 class _Events(NamedTuple):
     """Events of a step of a batch as masks: whose steps are ``cut``, who is ``over``, and with what ``code``; whose functions
-    are ``undefined``. ``whole``: (t1, h, hit) of the step before it was cut."""
+    are ``undefined``. ``longest``: limit on the next step. ``whole``: (t1, h, hit) of the step before it was cut."""
 
     found: Found
     cut: Tensor
     over: Tensor
     code: Tensor
+    longest: Tensor
     undefined: Tensor
     whole: tuple[Tensor, Tensor, Tensor]
 
