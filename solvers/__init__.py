@@ -6,12 +6,14 @@ from .api import solve
 from .compat import odeint, odeint_adjoint, odeint_dense
 from .compat.private import install_as_torchdiffeq
 from .control import CONTROLLERS, Controller, Jump
+from .events import Event, Fired
 from .loop import Step
 from .methods import METHODS, Method
 from .solution import Solution, Stats
 from .status import (
     ArgumentError,
     ArgumentTypeError,
+    EventsAccumulateError,
     InnerSolverError,
     MaxStepsError,
     NonFiniteError,
@@ -33,6 +35,9 @@ __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
     "Controller",
+    "Event",
+    "EventsAccumulateError",
+    "Fired",
     "InnerSolverError",
     "Jump",
     "MaxStepsError",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .adjoint import ADJOINTS, Adjoint
 from .control import CONTROLLERS, Controller, Jump
+from .events import Event, check_events, report
 from .field import Field
 from .interpolate import DenseOutput
 from .layout import Layout, transforms_active
@@ -35,6 +36,10 @@ from .status import (
     UnknownNameError,
     UnsupportedError,
 )
+
+
+FAR = 1e300
+"""Longest step of a solve without an end: a solution at rest lets steps grow until t overflows."""
 
 
 def solve(
@@ -64,6 +69,8 @@ def solve(
     max_steps: int = 100_000,
     step_t: Any = (),
     jumps: Sequence[Jump] = (),
+    events: Sequence[Event] = (),
+    max_events: int | None = None,
     observer: Callable[[Step], Any] | None = None,
     norm: Callable[[Any], Tensor] | None = None,
     time_dtype: torch.dtype | None = None,
@@ -75,7 +82,8 @@ def solve(
         field: f, called as ``f(t, y, *args)`` with ``t`` 0-dim (joint) or ``(B,)`` and ``y`` like ``y0``.
         y0: the state: a tensor of any shape, or a tuple, list, dict or nested tree of tensors; real or complex.
         t: output times, strictly monotone: ``(T,)``, or ``(B, T)`` in the batched modes, where rows may start, end and run
-            differently and be NaN-padded at their end. ``y[0]`` is the state at ``t[0]``. Differentiable.
+            differently and be NaN-padded at their end. ``y[0]`` is the state at ``t[0]``. Differentiable. The last one may be
+            infinite where a terminal event or ``max_events`` ends the solve.
         method: a name in ``solvers.METHODS`` or a :class:`~solvers.Method`.
         rtol, atol: tolerances of the local error: numbers, or tensors broadcastable to the state (units: none; those of y).
         controller: "i" (default), "pi", "pid", "fixed", or a :class:`~solvers.Controller`. "fixed" alone steps on ``t``.
@@ -93,6 +101,8 @@ def solve(
         dt_min: a smaller step is a failure (``force_dt_min``: is accepted and counted instead). dt_max: limit on steps.
         max_steps: attempted steps, per sample.
         step_t: times that steps must end at, ``(S,)`` (or ``(B, S)``). jumps: :class:`~solvers.Jump` s.
+        events: :class:`~solvers.Event` s; those that fire are in ``solution.events``. max_events: the solve (the sample) ends
+            at the event that makes so many.
         observer: called with a :class:`~solvers.Step` after every accepted step; true stops the solve (or, ``(B,)``, samples).
         norm: of the scaled error, from a tree like the state to a 0-dim tensor (``(B,)`` in the batched modes).
         time_dtype: dtype of the ``t`` that f sees; None: the state's real dtype.
@@ -105,15 +115,18 @@ def solve(
     """
     _check_field(field, args)
     layout = Layout(y0, batch_dim, batch_index)
-    times = _parse_times(t, layout)
-    fixed = _fixed_mode(controller, dt, num_steps, dt0, layout)
+    events = check_events(events, max_events)
+    times = _parse_times(t, layout, open_end=max_events is not None or any(event.terminal for event in events))
+    endless = bool(events) and bool(torch.isinf(times.detach()).any())
+    fixed = _fixed_mode(controller, dt, num_steps, dt0, layout, endless)
     scheme = _choose("method", METHODS, method, Method)
     steering = _choose_controller(controller, scheme, fixed)
     derivative = _choose("adjoint", ADJOINTS, adjoint, Adjoint)
     scheme, steering, derivative = _apply_options(scheme, steering, derivative, inner, options)
     error_norm = ErrorNorm(layout, rtol, atol, norm)
     jumps = _check_jumps(jumps, layout)
-    user_times = Times(times, _parse_step_t(step_t, layout), fixed)
+    moving = any(event.reset is not None for event in events)
+    user_times = Times(times, _parse_step_t(step_t, layout), fixed, moving=moving)
     _check_limits(dt_min, dt_max, force_dt_min, max_steps, observer, time_dtype)
     clock = user_times.clock(layout, jumps)
     plan = Plan(
@@ -127,13 +140,17 @@ def solve(
         jumps=jumps,
         dt0=_first_dt(dt0, clock, fixed, layout, dt_min, dt_max),
         dt_min=float(dt_min),
-        dt_max=float(dt_max),
+        dt_max=min(float(dt_max), FAR) if endless else float(dt_max),
         force_dt_min=force_dt_min,
         max_steps=max_steps,
         observer=_with_progress(observer, clock, layout) if progress else observer,
         dense=dense,
         times=user_times,
+        events=events,
+        max_events=max_events,
     )
+    if transforms_active() and events:
+        raise UnsupportedError("torch.func transforms hide the values that events depend on: use torch.autograd")
     if transforms_active() and (steering.adaptive or scheme.implicit):
         raise UnsupportedError(
             "torch.func transforms need an explicit method with fixed steps (dt= or num_steps=): adaptive steps depend on "
@@ -162,6 +179,7 @@ def check_options(field: Any, **options: Any) -> None:
     controller = _choose_controller(given["controller"], method, fixed)
     adjoint = _choose("adjoint", ADJOINTS, given["adjoint"], Adjoint)
     _apply_options(method, controller, adjoint, given["inner"], rest)
+    check_events(given["events"], given["max_events"])
     _check_limits(*(given[name] for name in _LIMITS))
     _parse_save(given["save"])
 
@@ -184,7 +202,9 @@ def _choose(kind: str, registry: Any, choice: Any, base: type) -> Any:
     raise ArgumentTypeError(f"{kind} must be a name or a {base.__name__}, found {type(choice).__name__}")
 
 
-def _fixed_mode(controller: Any, dt: Any, num_steps: Any, dt0: Any, layout: Layout | None) -> Any:
+def _fixed_mode(
+    controller: Any, dt: Any, num_steps: Any, dt0: Any, layout: Layout | None, endless: bool = False
+) -> Any:
     """None for adaptive steps, "grid", a positive dt, or an int number of steps."""
     if dt is not None and num_steps is not None:
         raise ArgumentError(f"dt={dt!r} and num_steps={num_steps!r} exclude each other")
@@ -203,6 +223,8 @@ def _fixed_mode(controller: Any, dt: Any, num_steps: Any, dt0: Any, layout: Layo
         return None
     if dt0 is not None:
         raise ArgumentError("dt0 is the first step of an adaptive solve: for fixed steps give dt= or num_steps=")
+    if endless and dt is None:
+        raise ArgumentError("a solve without an end (t[-1] infinite) in fixed steps needs their size, dt=")
     return fixed
 
 
@@ -283,8 +305,11 @@ def _apply_options(
     return parts["method"], parts["controller"], parts["adjoint"]
 
 
-def _parse_times(t: Any, layout: Layout) -> Tensor:
-    """Times as ``(T,)`` or, in the batched modes, ``(B, T)``, float64 on the state's device."""
+def _parse_times(t: Any, layout: Layout, open_end: bool = False) -> Tensor:
+    """Times as ``(T,)`` or, in the batched modes, ``(B, T)``, float64 on the state's device.
+
+    ``open_end``: whether the last one may be infinite.
+    """
     if isinstance(t, Tensor):
         times = t
     elif isinstance(t, np.ndarray) or (isinstance(t, (list, tuple)) and len(t) and isinstance(t[0], (list, tuple))):
@@ -312,11 +337,11 @@ def _parse_times(t: Any, layout: Layout) -> Tensor:
             raise ArgumentError(f"t must have shape (T,) or ({layout.batch}, T), found {tuple(times.shape)}")
     if times.shape[-1] == 0:
         raise ArgumentError("t must hold at least one time, found none")
-    _check_times(times.detach(), layout.joint)
+    _check_times(times.detach(), layout.joint, open_end)
     return times
 
 
-def _check_times(t: Tensor, joint: bool) -> None:
+def _check_times(t: Tensor, joint: bool, open_end: bool) -> None:
     if joint:
         try:
             v = t.tolist()
@@ -325,7 +350,7 @@ def _check_times(t: Tensor, joint: bool) -> None:
                 "the values of t decide what is done, so torch.func.vmap cannot map over them: give (B, T) times and batch_dim=0"
             ) from error
         ordered = all(map(operator.lt, v, v[1:])) or all(map(operator.gt, v, v[1:]))
-        if ordered and math.isfinite(v[0]) and math.isfinite(v[-1]):
+        if ordered and math.isfinite(v[0]) and (math.isfinite(v[-1]) or open_end):
             return
     rows = t.unsqueeze(0) if joint else t
     bad = torch.isinf(rows) | (torch.isnan(rows) if joint else torch.zeros_like(rows, dtype=torch.bool))
@@ -333,11 +358,19 @@ def _check_times(t: Tensor, joint: bool) -> None:
     # NaN pads rows at their end only: none first, none before a time.
     needed = known.long().flip(1).cumsum(1).flip(1) > 0
     needed[:, 0] = True
+    if open_end:
+        last = needed & ~needed.roll(-1, 1)
+        last[:, -1] = needed[:, -1]
+        last[:, 0] = False
+        bad &= ~(last & torch.isinf(rows))
     bad |= needed & ~known
     if bool(bad.any()):
         row, column = bad.nonzero()[0].tolist()
         place = f"t[{column}]" if joint else f"t[{row}, {column}]"
-        raise ArgumentError(f"t must be finite (NaN may only pad the end of a row), found {place} = {rows[row, column]}")
+        raise ArgumentError(
+            f"t must be finite (NaN may only pad the end of a row, and infinity needs a terminal event to end at), found "
+            f"{place} = {rows[row, column]}"
+        )
     difference = rows.diff(dim=1)
     if difference.numel() == 0:
         return
@@ -441,6 +474,7 @@ def _finish(plan: Plan, trajectory: Trajectory, stats: Stats, throw: bool) -> So
         message=_message(plan, trajectory, status, stats),
         stats=stats,
         last=last,
+        events=report(layout, trajectory.events),
     )
     if plan.dense:
         start = plan.clock.start
@@ -456,7 +490,7 @@ def _finish(plan: Plan, trajectory: Trajectory, stats: Stats, throw: bool) -> So
 def _message(plan: Plan, trajectory: Trajectory, status: Tensor, stats: Stats) -> str:
     worst = Status(int(status.max())) if status.numel() else Status.SUCCESS
     if worst < FIRST_FAILURE:
-        done = "stopped by the observer" if worst == Status.STOPPED else "reached the end"
+        done = _DONE[worst]
         return f"{plan.method.name} {done} with {stats.nfe} evaluations of f."
     samples = (status == worst).flatten().nonzero().flatten()
     first = int(samples[0])
@@ -471,11 +505,19 @@ def _message(plan: Plan, trajectory: Trajectory, status: Tensor, stats: Stats) -
     return f"{_WHAT[worst]}{place}. {_remedy(plan, trajectory, worst, first, stats)}"
 
 
+_DONE = {
+    Status.SUCCESS: "reached the end",
+    Status.STOPPED: "stopped by the observer",
+    Status.EVENT: "ended at an event",
+    Status.MAX_EVENTS: "ended after max_events events",
+}
+
 _WHAT = {
     Status.NON_FINITE: "f or the state is not finite, however small the step",
     Status.STEP_UNDERFLOW: "the step size underflowed",
     Status.MAX_STEPS: "max_steps was reached before the end",
     Status.INNER_NOT_CONVERGED: "the inner solver of an implicit step did not converge",
+    Status.EVENTS_ACCUMULATE: "events follow each other faster than t can tell apart",
 }
 
 
@@ -483,6 +525,8 @@ def _remedy(plan: Plan, trajectory: Trajectory, status: Status, sample: int, sta
     if status == Status.NON_FINITE:
         fixed = "" if plan.controller.adaptive else "a smaller dt= or an adaptive controller, "
         return f"The state that was reached is in .last; look at f there, or try {fixed}batch_dim=0 to spare other samples"
+    if status == Status.EVENTS_ACCUMULATE:
+        return "End the solve before that: by max_events=, or a terminal event for what the others lead to"
     if status == Status.INNER_NOT_CONVERGED:
         return f"Try {plan.method.remedy}"
     text = (

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from .control import Controller, JointClock, Jump, RowClock, initial_step
+from .events import Chunk, Event, Found, Log, Lookout, Outcome, carry_out, log
 from .field import Field
 from .layout import Layout, carries_gradient, transforms_active
 from .methods import Method
 from .norms import ErrorNorm
 from .saveat import JointSaver, RowSaver, SaveAt, Segment
-from .status import ArgumentError, Status
+from .status import FIRST_FAILURE, ArgumentError, Status
 
 ROUNDING = 1.0 / 16.0
 """A step is below rounding when a sixteenth of it does not change t: stages could not be told apart."""
@@ -43,7 +44,8 @@ class Step(NamedTuple):
 
 class Record(NamedTuple):
     """One accepted step, as much of it as a replay needs. ``y`` and ``state`` are those before the step; ``dense`` is
-    None unless the tape has a true attribute ``dense``, and good until the next step only."""
+    None unless the tape has a true attribute ``dense``, and good until the next step only. Where ``events`` cut the step
+    short, ``t1``, ``h`` and ``hit`` are those of the whole one."""
 
     t: Any
     t1: Any
@@ -57,6 +59,7 @@ class Record(NamedTuple):
     y: Tensor | None
     state: Any
     dense: Any = None
+    events: Found | None = None
 
 
 class Piece(NamedTuple):
@@ -92,6 +95,8 @@ class Plan:
     dense: bool = False
     times: Times | None = None
     initial: Callable[..., tuple[Any, int]] = initial_step
+    events: tuple[Event, ...] = ()
+    max_events: int | None = None
 
     def rebind(self, t: Tensor, args: tuple[Any, ...], jump_times: tuple[Any, ...]) -> Plan:
         """The same plan on other (differentiable) times and arguments of the same shapes and values."""
@@ -111,12 +116,14 @@ class Plan:
 
 class Times(NamedTuple):
     """The user's times: ``t`` ``(T,)`` or ``(B, T)`` float64; ``step_t`` columns; ``fixed``: None, "grid", a signed dt,
-    or an int, the number of steps; ``clip_end``: whether the last step is shortened to the end (joint mode may leave it)."""
+    or an int, the number of steps; ``clip_end``: whether the last step is shortened to the end (joint mode may leave it);
+    ``moving``: whether steps may start at the time of an event."""
 
     t: Tensor
     step_t: tuple[Any, ...] = ()
     fixed: Any = None
     clip_end: bool = True
+    moving: bool = False
 
     def clock(self, layout: Layout, jumps: tuple[Jump, ...]) -> JointClock | RowClock:
         t = self.t
@@ -129,13 +136,15 @@ class Times(NamedTuple):
             columns = inner.unbind(-1) if live or not layout.joint else inner.tolist()
             stops = [(column, None) for column in columns] + stops
         fixed = None if self.fixed is None else self._fixed_dt()
-        return JointClock(t, stops, fixed, self.clip_end) if layout.joint else RowClock(t, stops, fixed)
+        if layout.joint:
+            return JointClock(t, stops, fixed, self.clip_end, self.moving)
+        return RowClock(t, stops, fixed, self.moving)
 
     def _fixed_dt(self) -> Tensor:
         t = self.t
         last = t[..., -1]
         if t.dim() == 2:
-            last = t.gather(1, (torch.isfinite(t.detach()).sum(1) - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
+            last = t.gather(1, ((~torch.isnan(t.detach())).sum(1) - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
         span = last - t[..., 0]
         if self.fixed == "grid":
             return torch.copysign(torch.full_like(span.detach(), torch.inf), span.detach())
@@ -155,6 +164,7 @@ class Trajectory(NamedTuple):
     dt_last: Any
     counts: dict[str, Any]
     pieces: list[Piece]
+    events: Log | None = None
 
 
 def drive(plan: Plan, y0: Tensor, tape: Callable[[Record], None] | None = None) -> Trajectory:
@@ -188,10 +198,15 @@ class _Run(ABC):
         self.pieces: list[Piece] = []
         self.readable = not transforms_active()
         self.grad = torch.is_grad_enabled()
+        self.lookout = Lookout(plan.events, plan.max_events, plan.field) if plan.events else None
+        self.happened: list[tuple[Found, Chunk]] = []
+        self.ready: Any = None
 
     def begin(self) -> None:
         """First evaluation, first step size, method and controller state."""
         plan = self.plan
+        if self.lookout is not None:
+            self.lookout.begin(self.t, self.y)
         version = None if self.y.is_inference() else self.y._version
         f0 = self.slope(self.y)
         if version is not None and self.y._version != version:
@@ -262,11 +277,25 @@ class _Run(ABC):
 
     def interpolator(self, out: Any, needed: bool) -> tuple[Any, Callable[[Tensor], Tensor]]:
         """The step's dense data, completed if ``needed``, and its interpolant."""
+        if self.ready is not None and self.ready[0] is out:
+            return self.ready[1:]
         method, dense = self.plan.method, out.dense
         if needed or self.plan.dense or self.taped_dense:
             dense, work = method.prepare(self.field, dense)
             self.nfe += work
-        return dense, lambda theta: method.interpolate(dense, theta)
+        return dense, lambda theta, derivative=0: method.interpolate(dense, theta, derivative)
+
+    def look(self, out: Any, t1: Any, accept: Any) -> Found | None:
+        """The events in an accepted step to ``t1``."""
+        dense, interpolate = self.interpolator(out, True)
+        self.ready = out, dense, interpolate
+        return self.lookout.search(interpolate, self.t, t1, out.y1, accept)  # type: ignore[union-attr]
+
+    def happen(self, found: Found, interpolate: Any, lo: Any, h: Any, y: Tensor, end: Any) -> Outcome:
+        """Events of a step that leads to ``y`` at ``end`` unless they cut it."""
+        outcome = carry_out(self.plan.events, self.plan.field, found, interpolate, lo, h, y, end)
+        self.happened.append((found, outcome.chunk))
+        return outcome
 
     def restarted(self, y: Tensor) -> Any:
         """Method state for a new start from ``y`` at the current time."""
@@ -328,8 +357,16 @@ class _JointRun(_Run):
                 self.give_up(_cause(out.status, error))
             self.dt = dt
             return
+        found = None if self.lookout is None else self.look(out, t1, True)
+        if found is not None and found.undefined[0]:
+            self.rejected += 1
+            self.give_up(Status.NON_FINITE)
+            return
         self.accepted += 1
-        self._keep(out, decision, t1, h, hit, step, end)
+        start = self.t
+        self._keep(out, decision, t1, h, hit, step, end, found)
+        if found is not None and found.cut[0]:
+            t1, h, dt = self.t, self.t - start, math.copysign(min(abs(dt), float(found.longest[0])), dt)
         self.dt = dt if plan.controller.adaptive else self.dt
         if plan.observer is not None:
             ratio = error if plan.controller.adaptive else None
@@ -337,30 +374,46 @@ class _JointRun(_Run):
             if stop and self.running:
                 self.give_up(Status.STOPPED)
 
-    def _keep(self, out, decision, t1, h, hit, step, end) -> None:
+    def _keep(self, out, decision, t1, h, hit, step, end, found) -> None:
         plan, clock = self.plan, self.clock
         lo, before, state, stop = self.lo if clock.differentiable else self.t, self.y, self.state, clock.next
-        jumps, tied = clock.jumps(True, hit), clock.tied(hit)
+        whole, length = (t1, h, hit), step if clock.differentiable else t1 - self.t
+        cut = found is not None and bool(found.cut[0])
+        if cut:
+            t1, hit = float(found.t[0]), hit and found.t[0] == t1
+        jumps, tied = clock.jumps(True, hit), cut or clock.tied(hit)
         ended = clock.advance(True, hit)
         pending = self.saver.pending(t1, tied)
         interior = pending is not None and pending[1] > pending[0]
         dense, interpolate = self.interpolator(out, interior)
         if plan.dense:
-            kept = plan.method.snapshot(dense)
-            self.pieces.append(Piece(self.t, t1, kept, True, lo, step if clock.differentiable else t1 - self.t))
+            self.pieces.append(Piece(self.t, t1, plan.method.snapshot(dense), True, lo, length))
+        over = cut and found.code[0] >= 0
+        jumps = () if over else jumps
         if self.tape is not None:
             stored = None if plan.method.one_step else state
             kept = dense if self.taped_dense else None
-            self.tape(Record(self.t, t1, h, hit, stop, pending, jumps, True, True, before, stored, kept))
-        t0, self.t, self.lo, self.y = self.t, t1, end if clock.differentiable else t1, out.y1
+            self.tape(Record(self.t, *whole, stop, pending, jumps, True, True, before, stored, kept, found))
+        self.t, self.lo, self.y = t1, end if clock.differentiable else t1, out.y1
         self.state = out.state if decision.order is None else out.state._replace(order=decision.order)
+        met = self.y
+        if found is not None:
+            outcome = self.happen(found, interpolate, lo, length, self.y, self.lo)
+            self.y, met = outcome.y, outcome.before
+            self.lo = outcome.end if clock.differentiable else t1
         if jumps:
             self.y = apply_jumps(plan, jumps, self.lo, self.y)
-        self.saver.step(pending, Segment(lo, step if clock.differentiable else t1 - t0, t1, self.y, interpolate), ended)
-        if ended:
-            self.give_up(Status.SUCCESS)
-        elif jumps:
-            self.state = self.restarted(self.y)
+        self.saver.step(pending, Segment(lo, length, t1, self.y, interpolate), ended or over, over)
+        if over or ended:
+            self.give_up(Status(int(found.code[0])) if over else Status.SUCCESS)
+        elif cut or jumps:
+            self._restart(met, found)
+
+    def _restart(self, before: Tensor, found: Found | None) -> None:
+        """After a jump, or the reset of an event, from the state ``before`` it."""
+        self.state = self.restarted(self.y)
+        if self.lookout is not None:
+            self.lookout.renew(True, self.t, before, self.y, found)
 
     def _next_dt(self, dt: float, accept: bool, hit: bool) -> float:
         plan = self.plan
@@ -381,7 +434,7 @@ class _JointRun(_Run):
         return True
 
     def finish(self) -> Trajectory:
-        if self.status == Status.SUCCESS and self.readable and not self.layout.finite(self.y.detach()):
+        if 0 <= self.status < FIRST_FAILURE and self.status != Status.STOPPED and self.readable and not self.layout.finite(self.y.detach()):
             self.status = Status.NON_FINITE
         t, values = self.saver.finish(self.t, self.y)
         counts = {
@@ -392,7 +445,7 @@ class _JointRun(_Run):
             "inner_iterations": self.inner,
             "forced": self.forced,
         }
-        return Trajectory(t, values, self.status, self.t, self.y, self.dt, counts, self.pieces)
+        return Trajectory(t, values, self.status, self.t, self.y, self.dt, counts, self.pieces, log(self.happened))
 
 
 class _RowRun(_Run):
@@ -462,13 +515,21 @@ class _RowRun(_Run):
             if forced is not None:
                 accept = accept | forced
                 self.forced = self.forced + forced
+        events = None
+        if self.lookout is not None:
+            events, t1, hit, accept, error = self._events(out, t1, h, hit, accept, error)
+        with torch.no_grad():
             reject = self.active > accept
             bad = reject & self._stuck(h) if plan.controller.adaptive else reject
             # With the end as the only stop, to hit a stop is to finish.
             stopping = accept & hit
             done = stopping if clock.single else clock.finishes(accept, t1)
-            count, inside = self.saver.pending(accept, t1, clock.tied(hit)) if self.saver.interior else (None, None)
-            jumping = clock.jumping(accept, t1)
+            going = accept
+            if events is not None:
+                done, bad, going = done | events.over, bad | events.undefined, accept & ~events.over
+            tied = _tied(clock, hit, events)
+            count, inside = self.saver.pending(accept, t1, tied) if self.saver.interior else (None, None)
+            jumping = clock.jumping(going, t1)
             flags = self._read(done, bad, reject, error, stopping, jumping, count, inside)
             dt = self._next_dt(h * decision.factor, stopping if flags.hit else None)
         failure, inner = out.status, out.inner
@@ -478,14 +539,17 @@ class _RowRun(_Run):
             self.inner = self.inner + inner * self.active
         self.controls = decision.state
         self.accepted.add_(accept)
-        self._keep(out, decision, accept, t1, h, hit, step, end, flags, (count, inside), jumping)
+        start = self.t
+        self._keep(out, decision, accept, t1, h, hit, step, end, flags, (count, inside), jumping, events)
         if flags.bad:
             self._end(bad, _causes(failure, error, self.status))
         if flags.done:
-            self._end(done, Status.SUCCESS)
+            self._end(done, Status.SUCCESS if events is None else events.code)
         if flags.bad or flags.done:
             self.running = flags.running
         if plan.controller.adaptive:
+            if events is not None:
+                dt = torch.copysign(torch.minimum(dt.abs(), events.longest), dt)
             if flags.done:
                 # The last clip says nothing about the error: the step wanted before it is what to go on with.
                 wanted = torch.copysign(torch.maximum(dt.abs(), self.dt.abs()), dt)
@@ -494,7 +558,22 @@ class _RowRun(_Run):
                 self.dt_last = torch.where(bad, dt, self.dt_last)
             self.dt = dt
         if plan.observer is not None:
+            h = h if events is None else torch.where(events.cut, t1 - start, h)
             self._observe(Step(t1, h, self.layout.unflatten(self.y), error if plan.controller.adaptive else None, accept))
+
+    def _events(self, out, t1, h, hit, accept, error) -> tuple[_Events | None, Tensor, Tensor, Tensor, Tensor]:
+        """The events of the step, and its end, whether that is a stop, who accepts it, and its error in view of them."""
+        before = self.nfe
+        found = self.look(out, t1, accept)
+        if self.nfe > before:
+            self.extra = self.extra + (self.nfe - before) * self.active
+        if found is None:
+            return None, t1, hit, accept, error
+        cut, t, code, longest, undefined = (torch.from_numpy(x).to(t1.device) for x in found[1:])
+        code = code.to(torch.int8)
+        events = _Events(found, cut, code >= 0, code.clamp(min=0), longest, undefined, (t1, h, hit))
+        hit = hit & (~cut | (t == t1))
+        return events, torch.where(cut, t, t1), hit, accept & ~undefined, torch.where(undefined, torch.nan, error)
 
     def _read(self, done, bad, reject, error, hit, jumping, count, inside) -> _Flags:
         """The one read of this step: how many samples ended, failed, hit a stop, met a NaN, jump."""
@@ -525,15 +604,16 @@ class _RowRun(_Run):
         self.nfe += out.work
         return out, still
 
-    def _keep(self, out, decision, accept, t1, h, hit, step, end, flags, pending, jumping) -> None:
+    def _keep(self, out, decision, accept, t1, h, hit, step, end, flags, pending, jumping, events) -> None:
         plan, clock, layout = self.plan, self.clock, self.layout
         count, inside = pending
         lo, before, state, following = self.lo, self.y, self.state, clock.next
         before_extra = self.nfe
-        dense, interpolate = self.interpolator(out, flags.inner > 0)
+        found = events.found if events is not None and events.found.rounds else None
+        dense, interpolate = self.interpolator(out, flags.inner > 0 or found is not None)
         if self.nfe > before_extra:
             # Only samples with an output in this step needed those: a sample's count must not depend on its batch.
-            needing = self.active if inside is None or plan.dense else inside > 0
+            needing = self.active if inside is None or plan.dense or found is not None else inside > 0
             self.extra = self.extra + (self.nfe - before_extra) * needing
         self.steady += out.work
         self.history.append(self.steady)
@@ -545,29 +625,46 @@ class _RowRun(_Run):
             outputs = (self.saver.done, count, flags.most, flags.inner)
             jumps = {j: jumping[j] for j in flags.jumps}
             kept = dense if self.taped_dense else None
-            self.tape(Record(self.t, t1, h, hit, following, outputs, jumps, accept, self.active, before, stored, kept))
+            whole = (t1, h, hit) if events is None else events.whole
+            record = Record(self.t, *whole, following, outputs, jumps, accept, self.active, before, stored, kept, found)
+            self.tape(record)
         order = decision.order
         new, old = out.state, self.state
         if order is not None:
             new, old = new._replace(order=order), old._replace(order=torch.where(self.active, order, old.order))
         self.y, self.state = layout.merge(accept, (out.y1, new), (self.y, old))
-        segment_lo, tied = lo if clock.differentiable else self.t, clock.tied(hit)
+        segment_lo, tied = lo if clock.differentiable else self.t, _tied(clock, hit, events)
         self.t = torch.where(accept, t1, self.t)
         self.lo = torch.where(accept, end, lo) if clock.differentiable else self.t
         if flags.hit:
             clock.advance(accept, hit, t1)
+        met = self.y
+        if found is not None:
+            outcome = self.happen(found, interpolate, segment_lo, step, self.y, self.lo)
+            self.y, met = outcome.y, outcome.before
+            self.lo = outcome.end if clock.differentiable else self.t
         for number in flags.jumps:
             mapped = apply_jumps(plan, (number,), self.lo, self.y)
             self.y = torch.where(layout.spread(jumping[number]), mapped, self.y)
-        segment = Segment(segment_lo, step, self.t, self.y, interpolate, tied)
+        segment = Segment(segment_lo, step, self.t, self.y, interpolate, tied, None if events is None else events.cut)
         if flags.most:
             self.saver.step(count, flags.most, flags.inner, segment)
         elif plan.save.kind == "steps":
             self.saver.step_end(accept, segment)
-        if flags.jumps and flags.running:
-            some = torch.stack([jumping[number] for number in flags.jumps]).any(0)
-            self.state = layout.merge(some, self.restarted(self.y), self.state)
-            self.extra = self.extra + some
+        if flags.running:
+            self._restart([jumping[number] for number in flags.jumps], met, found, events)
+
+    def _restart(self, masks: list[Tensor], met: Tensor, found: Found | None, events: _Events | None) -> None:
+        """The method, for samples in ``masks`` that jumped and those that go on after an event, from the states ``met``."""
+        if found is not None and (found.cut & (found.code < 0)).any():
+            masks = [*masks, events.cut & ~events.over]  # type: ignore[union-attr]
+        if not masks:
+            return
+        some = torch.stack(masks).any(0)
+        self.state = self.layout.merge(some, self.restarted(self.y), self.state)
+        self.extra = self.extra + some
+        if self.lookout is not None:
+            self.lookout.renew(some, self.t, met, self.y, found)
 
     def _next_dt(self, dt: Tensor, clipped: Tensor | None) -> Tensor:
         plan = self.plan
@@ -604,7 +701,13 @@ class _RowRun(_Run):
             undefined, y = self.replaced
             self.y = torch.where(self.layout.spread(undefined), y, self.y)
         success = self.status == Status.SUCCESS
-        broken = success & ~self.layout.finite(self.y.detach())
+        if self.lookout is not None:
+            ended = (self.status == Status.EVENT) | (self.status == Status.MAX_EVENTS)
+            broken = (success | ended) & ~self.layout.finite(self.y.detach())
+            # One that happens to end at its last output has arrived there.
+            success = success | (ended & (self.t == self.clock.end))
+        else:
+            broken = success & ~self.layout.finite(self.y.detach())
         self.status = torch.where(broken, int(Status.NON_FINITE), self.status).to(torch.int8)
         t, values = self.saver.finish(self.t, self.y, success)
         nfe = torch.tensor([self.first_nfe, *self.history], device=self.t.device)[self.ended] + self.extra
@@ -617,7 +720,7 @@ class _RowRun(_Run):
             "forced": self.forced,
         }
         dt = torch.where(self.active, self.dt, self.dt_last)
-        return Trajectory(t, values, self.status, self.t, self.y, dt, counts, self.pieces)
+        return Trajectory(t, values, self.status, self.t, self.y, dt, counts, self.pieces, log(self.happened))
 
 
 class _Flags(NamedTuple):
@@ -629,6 +732,25 @@ class _Flags(NamedTuple):
     jumps: tuple[int, ...]
     most: int
     inner: int
+
+
+class _Events(NamedTuple):
+    """Events of a step of a batch as masks: whose steps are ``cut``, who is ``over``, and with what ``code``; whose functions
+    are ``undefined``. ``longest``: limit on the next step. ``whole``: (t1, h, hit) of the step before it was cut."""
+
+    found: Found
+    cut: Tensor
+    over: Tensor
+    code: Tensor
+    longest: Tensor
+    undefined: Tensor
+    whole: tuple[Tensor, Tensor, Tensor]
+
+
+def _tied(clock: Any, hit: Tensor, events: _Events | None) -> Any:
+    """``clock.tied``; an output at the time of an event is the state after it."""
+    tied = clock.tied(hit)
+    return tied if events is None or tied is True else tied | events.cut
 
 
 def apply_jumps(plan: Plan, numbers: tuple[int, ...], t: Any, y: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ class SaveAt(NamedTuple):
 
 class Segment(NamedTuple):
     """One step for the saver: ``lo`` and ``h`` carry gradients to t; ``y`` is the state after it (and after any jump).
-    ``tied``: True, or ``(B,)``, whether an output at its end is that state, and not the interpolant's value there."""
+    ``tied``: True, or ``(B,)``, whether an output at its end is that state, and not the interpolant's value there. ``cut``:
+    None, or ``(B,)``, whether the step ends at ``t1`` because of an event, short of ``lo + h``."""
 
     lo: Any
     h: Any
@@ -36,6 +37,7 @@ class Segment(NamedTuple):
     y: Tensor
     interpolate: Callable[[Tensor], Tensor]
     tied: Any = True
+    cut: Any = None
 
 
 def joint_values(segment: Segment, clock: Any, first: int, inner: int, last: int) -> list[Tensor]:
@@ -89,7 +91,8 @@ class JointSaver:
         inner = last - 1 if tied and self.clock.outputs[last - 1] == t1 else last
         return self.done, inner, last
 
-    def step(self, pending: tuple[int, int, int] | None, segment: Segment, ended: bool) -> None:
+    def step(self, pending: tuple[int, int, int] | None, segment: Segment, ended: bool, early: bool = False) -> None:
+        """Keep what the step holds; ``ended``: it is the last one, ``early``: at a time that is not the user's."""
         if pending is not None:
             first, inner, last = pending
             at = first
@@ -98,7 +101,7 @@ class JointSaver:
                 at += len(block)
             self.done = last
         elif self.save.kind == "steps" or (self.save.kind == "final" and ended):
-            self._keep([segment.t1], segment.y.unsqueeze(0), self.total - 1 if ended else None)
+            self._keep([segment.t1], segment.y.unsqueeze(0), self.total - 1 if ended and not early else None)
 
     def finish(self, t: float, y: Tensor) -> tuple[Tensor, Any]:
         """(t ``(T,)``, y ``(T, N)`` or a tree of ``(T, ...)``); outputs that were not reached are NaN."""
@@ -252,7 +255,10 @@ def row_values(segment: Segment, clock: Any, layout: Any, index: Tensor, inner: 
     if not inner:
         return times, segment.y.expand(len(index), *segment.y.shape)
     theta = clock.theta(index, segment.lo, segment.h)
-    at_end = layout.per_row((theta.detach() == 1.0) & segment.tied).unsqueeze(-1)
+    at_end = (theta.detach() == 1.0) & segment.tied
+    if segment.cut is not None:
+        at_end = at_end | ((times.detach() == segment.t1) & segment.cut)
+    at_end = layout.per_row(at_end).unsqueeze(-1)
     return times, torch.where(at_end, segment.y, segment.interpolate(theta))
 
 

@@ -12,10 +12,13 @@ class Status(enum.IntEnum):
     RUNNING = -1
     SUCCESS = 0
     STOPPED = 1
+    EVENT = 2
+    MAX_EVENTS = 3
     NON_FINITE = 10
     STEP_UNDERFLOW = 11
     MAX_STEPS = 12
     INNER_NOT_CONVERGED = 13
+    EVENTS_ACCUMULATE = 14
 
     @property
     def failed(self) -> bool:
@@ -54,7 +57,7 @@ class SolveError(ProxodeError, RuntimeError):
 
 
 class NonFiniteError(SolveError):
-    """f returned NaN or infinity and no smaller step helped."""
+    """f returned NaN or infinity and no smaller step helped, or an event function returned NaN."""
 
 
 class StepUnderflowError(SolveError):
@@ -69,9 +72,14 @@ class InnerSolverError(SolveError):
     """The equations of an implicit step were not solved to their tolerance."""
 
 
+class EventsAccumulateError(SolveError):
+    """Events with a reset follow each other faster than t can tell apart (Zeno's paradox)."""
+
+
 ERRORS: dict[Status, type[SolveError]] = {
     Status.NON_FINITE: NonFiniteError,
     Status.STEP_UNDERFLOW: StepUnderflowError,
     Status.MAX_STEPS: MaxStepsError,
     Status.INNER_NOT_CONVERGED: InnerSolverError,
+    Status.EVENTS_ACCUMULATE: EventsAccumulateError,
 }

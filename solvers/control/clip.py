@@ -66,10 +66,14 @@ def joint_stops(sources: list[tuple[Any, int | None]], start: float, end: float,
 
 
 class JointClock:
-    """Times of a joint solve, as Python floats."""
+    """Times of a joint solve, as Python floats.
+
+    ``moving``: nodes that are nobody's times may carry gradients, too (those after the reset of an event).
+    """
 
     def __init__(
-        self, t: Tensor, stops: list[tuple[Any, int | None]], fixed_dt: Tensor | None = None, clip_end: bool = True
+        self, t: Tensor, stops: list[tuple[Any, int | None]], fixed_dt: Tensor | None = None, clip_end: bool = True,
+        moving: bool = False,
     ) -> None:
         times = t.detach().tolist()
         self.outputs = times
@@ -84,7 +88,8 @@ class JointClock:
         self.next = 0
         self.keys = [self.sign * v for v in times]
         self.differentiable = torch.is_grad_enabled() and (
-            carries_gradient(t)
+            moving
+            or carries_gradient(t)
             or any(s.source is not None for s in self.stops)
             or carries_gradient(fixed_dt)
         )
@@ -160,22 +165,24 @@ class RowClock:
     ``t``: ``(B, T)``, rows NaN-padded at their end. ``stops``: (time, jump number) pairs, times 0-dim or ``(B,)``.
     """
 
-    def __init__(self, t: Tensor, stops: list[tuple[Any, int | None]], fixed_dt: Tensor | None = None) -> None:
+    def __init__(
+        self, t: Tensor, stops: list[tuple[Any, int | None]], fixed_dt: Tensor | None = None, moving: bool = False
+    ) -> None:
         self.source = t
         values = t.detach()
-        self.counts = torch.isfinite(values).sum(1)
+        self.counts = (~torch.isnan(values)).sum(1)
         last = (self.counts - 1).clamp(min=0).unsqueeze(1)
         self.start = values[:, 0].clone()
         self.end = values.gather(1, last).squeeze(1)
         self.sign = torch.where(self.end >= self.start, 1.0, -1.0).to(values)
-        self.keys = torch.nan_to_num(values * self.sign.unsqueeze(1), nan=torch.inf).contiguous()
+        self.keys = torch.nan_to_num(values * self.sign.unsqueeze(1), nan=torch.inf, posinf=torch.inf).contiguous()
         self.fixed_dt: Any = fixed_dt
         self.fixed = fixed_dt is not None
         self.touch = 1.0 + (TOUCH_FIXED if self.fixed else TOUCH)
         self._collect(stops, t.gather(1, last).squeeze(1))
         self.next = torch.zeros_like(self.counts)
         self.differentiable = torch.is_grad_enabled() and (
-            carries_gradient(self.stop_source) or carries_gradient(t) or carries_gradient(fixed_dt)
+            moving or carries_gradient(self.stop_source) or carries_gradient(t) or carries_gradient(fixed_dt)
         )
 
     def _collect(self, stops: list[tuple[Any, int | None]], end: Tensor) -> None:
@@ -189,7 +196,7 @@ class RowClock:
             if jump is not None:
                 self.jump_times[jump] = column.detach()
         source = torch.stack(columns, 1)
-        keys = torch.nan_to_num(source.detach() * self.sign.unsqueeze(1), nan=torch.inf)
+        keys = torch.nan_to_num(source.detach() * self.sign.unsqueeze(1), nan=torch.inf, posinf=torch.inf)
         # Stable: of coinciding stops the end is first, so that its gradient is the one that counts.
         keys, order = torch.sort(keys, dim=1, stable=True)
         self.owned = torch.tensor(owned, device=end.device).expand_as(order).gather(1, order)
