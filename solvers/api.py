@@ -37,7 +37,6 @@ from .status import (
     UnsupportedError,
 )
 
-
 FAR = 1e300
 """Longest step of a solve without an end: a solution at rest lets steps grow until t overflows."""
 

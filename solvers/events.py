@@ -197,10 +197,10 @@ def report(layout: Layout, found: Log | None) -> tuple[Fired, ...]:
     places = [(r.number[r.samples], r.samples) for r in rounds]
     row_places = [(r.number[group[r.rows]], r.rows) for r in rounds]
     times = _scattered((count, layout.batch), places, t, device)
-    states = [_scattered((count, *layout.shape), row_places, x, device) for x in (y, after)]
+    reached = [_scattered((count, *layout.shape), row_places, x, device) for x in (y, after)]
     return tuple(
         Fired(torch.from_numpy(w).to(device), *rest[:1], *(layout.unflatten(x) for x in rest[1:]))
-        for w, *rest in zip(which, times.unbind(0), *(x.unbind(0) for x in states), strict=True)
+        for w, *rest in zip(which, times.unbind(0), *(x.unbind(0) for x in reached), strict=True)
     )
 
 
@@ -381,7 +381,8 @@ class Lookout:
         for k, s in enumerate(signs):
             s[0] = self.sign[k]
         crossings = [self._crossings(k, s) & step.accept for k, s in enumerate(signs)]
-        found, pending = None, None
+        found: Found | None = None
+        pending: Any = None
         if undefined.any() or any(c.any() for c in crossings):
             found, pending = self._order(step, tables, signs, crossings)
             found = found._replace(undefined=undefined)
@@ -540,10 +541,10 @@ class _Step:
             values.append(evaluate(events, k, field, self.end, y1))
         if layout.joint:
             self.accept, self.t0, self.t1 = np.array([True]), np.array([self.start]), np.array([self.end])
-            read = lookout._read(values)
+            read: Any = lookout._read(values)
         else:
-            *read, accept, self.t0, self.t1 = lookout._read([*values, self._accept.to(torch.float64), self.start, self.end])
-            self.accept = accept > 0
+            *others, accept, self.t0, self.t1 = lookout._read([*values, self._accept.to(torch.float64), self.start, self.end])
+            read, self.accept = others, accept > 0
         self.length = self.t1 - self.t0
         tables, rest = [], iter(read)
         for k, event in enumerate(events):

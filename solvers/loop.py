@@ -434,7 +434,8 @@ class _JointRun(_Run):
         return True
 
     def finish(self) -> Trajectory:
-        if 0 <= self.status < FIRST_FAILURE and self.status != Status.STOPPED and self.readable and not self.layout.finite(self.y.detach()):
+        good = 0 <= self.status < FIRST_FAILURE and self.status != Status.STOPPED
+        if good and self.readable and not self.layout.finite(self.y.detach()):
             self.status = Status.NON_FINITE
         t, values = self.saver.finish(self.t, self.y)
         counts = {
@@ -625,7 +626,7 @@ class _RowRun(_Run):
             outputs = (self.saver.done, count, flags.most, flags.inner)
             jumps = {j: jumping[j] for j in flags.jumps}
             kept = dense if self.taped_dense else None
-            whole = (t1, h, hit) if events is None else events.whole
+            whole: tuple[Any, Any, Any] = (t1, h, hit) if events is None else events.whole
             record = Record(self.t, *whole, following, outputs, jumps, accept, self.active, before, stored, kept, found)
             self.tape(record)
         order = decision.order
