@@ -1,3 +1,39 @@
-"""Graph operators and graph diffusion fields. They arrive in a coming version; this one holds only the door."""
+"""Graph operators on PyTorch: segment reductions and sparse products, twice differentiable, without a compiled wheel."""
 
-__all__: list[str] = []
+from .backends import backend
+from .errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    GraphopsError,
+    MissingPackageError,
+    UnknownNameError,
+    UnsupportedError,
+)
+from .graph import Graph
+from .pattern import Segments
+from .segment import attend, gather, log_softmax, logsumexp, max, mean, min, prod, sddmm, softmax, spmm, std, sum
+
+__all__ = [
+    "Graph",
+    "Segments",
+    "sum",
+    "mean",
+    "max",
+    "min",
+    "prod",
+    "std",
+    "softmax",
+    "log_softmax",
+    "logsumexp",
+    "gather",
+    "spmm",
+    "sddmm",
+    "attend",
+    "backend",
+    "GraphopsError",
+    "ArgumentError",
+    "ArgumentTypeError",
+    "UnknownNameError",
+    "UnsupportedError",
+    "MissingPackageError",
+]

@@ -30,6 +30,21 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 SIDEWAYS = {("nn", "api"): "a solve as a module is a call of solve"}
 
+# The same of graphops.
+GRAPH_FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors",),
+    ("pattern",),
+    ("backends",),
+    ("autograd",),
+    ("convert", "generate"),
+    ("graph",),
+    ("segment",),
+    ("calculus", "attention", "rewire", "message", "data", "scatter_api"),
+    ("fields",),
+    ("nn",),
+)
+PLANS = {"solvers": FLOORS, "graphops": GRAPH_FLOORS}
+
 # In these folders a file knows its base and the modules named here; its siblings only by name through the registry.
 SHARED_IN_FOLDER: dict[str, set[str]] = {
     "solvers.methods": {"base", "tableau", "tableaus", "stages", "adams_weights"},
@@ -40,7 +55,9 @@ SHARED_IN_FOLDER: dict[str, set[str]] = {
 }
 
 REQUIRED = {"torch", "numpy", "scipy"}
-OPTIONAL = {"torchdiffeq", "torchode", "sksundae", "matplotlib", "rich", "torch_scatter", "triton"}
+OPTIONAL = {
+    "torchdiffeq", "torchode", "sksundae", "matplotlib", "rich", "torch_scatter", "torch_geometric", "networkx", "triton"
+}
 GRAPHOPS_MAY_IMPORT_SOLVERS = {"graphops.nn"}
 
 LONGEST_FUNCTION = 60
@@ -102,20 +119,21 @@ def room_of(module: str) -> str:
     return (module.split(".") + [""])[1]
 
 
-def floor_of(room: str) -> int:
-    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+def floor_of(room: str, floors: tuple[tuple[str, ...], ...]) -> int:
+    return next(number for number, rooms in enumerate(floors) if room in rooms)
 
 
 def floor_breach(importer: str, imported: str) -> str | None:
-    """Why ``importer`` may not import ``imported``, both modules of solvers; None if it may."""
+    """Why ``importer`` may not import ``imported``, both modules of one package; None if it may."""
+    floors = PLANS[top(importer)]
     here, there = room_of(importer), room_of(imported)
     if here in ("", there):  # the front door imports what it likes; a room's own files have their own test
         return None
     if there == "":
         return f"{importer} imports the package itself, which stands above every room"
-    if floor_of(there) > floor_of(here):
+    if floor_of(there, floors) > floor_of(here, floors):
         return f"{importer} imports {imported}, which is on a higher floor"
-    if floor_of(there) == floor_of(here) and (here, there) not in SIDEWAYS:
+    if floor_of(there, floors) == floor_of(here, floors) and (here, there) not in SIDEWAYS:
         return f"{importer} imports {imported}, which is on the same floor"
     return None
 
@@ -135,14 +153,15 @@ def top(name: str) -> str:
     return name.split(".")[0]
 
 
-def test_every_room_is_on_the_plan() -> None:
-    planned = {room for floor in FLOORS for room in floor}
-    assert {room_of(module) for module in SOLVERS} - {""} <= planned
+@pytest.mark.parametrize("package", PLANS)
+def test_every_room_is_on_the_plan(package: str) -> None:
+    planned = {room for floor in PLANS[package] for room in floor}
+    assert {room_of(module) for module in KNOWN if top(module) == package} - {""} <= planned
 
 
-@pytest.mark.parametrize("module", SOLVERS)
+@pytest.mark.parametrize("module", KNOWN)
 def test_imports_run_downward(module: str) -> None:
-    internal = [item for item in imports_of(module) if top(item.module) == "solvers"]
+    internal = [item for item in imports_of(module) if top(item.module) == top(module)]
     breaches = [(item.line, why) for item in internal if (why := floor_breach(module, item.module))]
     assert not breaches
 
@@ -182,12 +201,15 @@ def test_imports_from_outside(module: str) -> None:
         ("solvers.methods.rk", "from . import base, bdf", 0, 1),
         ("solvers.methods.rk", "from ..methods.bdf import Bdf", 0, 1),
         ("solvers.methods", "from . import rk, bdf", 0, 0),
+        ("graphops.segment", "from .graph import Graph", 0, 0),
+        ("graphops.graph", "from . import segment", 1, 0),
+        ("graphops.backends.native", "from ..pattern import Pattern\nfrom .plain import Plain", 0, 1),
     ],
 )
 def test_the_tests_above_see_what_they_should(module: str, source: str, floors: int, siblings: int) -> None:
-    known = {f"solvers.{room}" for floor in FLOORS for room in floor} | {
-        f"solvers.methods.{name}" for name in ("base", "rk", "bdf")
-    }
+    known = {f"{package}.{room}" for package, floors in PLANS.items() for floor in floors for room in floor}
+    known |= {f"solvers.methods.{name}" for name in ("base", "rk", "bdf")}
+    known |= {f"graphops.backends.{name}" for name in ("base", "native", "plain")}
     found = list(imports_in(ast.parse(source), module, module == "solvers.methods", known))
     assert sum(floor_breach(module, item.module) is not None for item in found) == floors
     assert sum(sibling_breach(module, item.module) is not None for item in found) == siblings
@@ -254,11 +276,13 @@ def test_long_functions_are_named_with_their_reason() -> None:
     assert all(LONG_FUNCTIONS.values())
 
 
-def test_contributing_lists_the_rooms_that_exist() -> None:
+@pytest.mark.parametrize(("package", "marker"), [("solvers", "rooms"), ("graphops", "graph-rooms")])
+def test_contributing_lists_the_rooms_that_exist(package: str, marker: str) -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    table = text.split("<!-- rooms:begin -->")[1].split("<!-- rooms:end -->")[0]
+    table = text.split(f"<!-- {marker}:begin -->")[1].split(f"<!-- {marker}:end -->")[0]
     rooms = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
     listed = set(re.findall(r"`([\w/.]+)`", " ".join(rooms)))
-    folders = {path.parent for path in SOLVERS.values()} - {ROOT / "solvers"}
-    files = {path for path in SOLVERS.values() if path.parent == ROOT / "solvers"} - {ROOT / "solvers" / "__init__.py"}
+    home, paths = ROOT / package, set(modules(package).values())
+    folders = {path.parent for path in paths} - {home}
+    files = {path for path in paths if path.parent == home} - {home / "__init__.py"}
     assert listed == {f"{folder.name}/" for folder in folders} | {file.name for file in files}
