@@ -19,34 +19,38 @@ __all__ = ["exclusive_product", "first_extremum", "gather", "logsumexp", "produc
 
 Dims = tuple[int | None, ...]
 
+# Not public, and only for speed: without them every call goes through `Function.apply`.
+_TRANSFORMS_ACTIVE = getattr(torch._C, "_are_functorch_transforms_active", None)
+_IS_WRAPPED = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
+
 
 def total(segments: Segments, values: Tensor, using: str | None = None) -> Tensor:
     """Sum of each segment, ``(E, ...) -> (size, ...)``."""
     kernels = chosen("sum", using, values)
     if kernels.traceable:
         return kernels.sum(segments, values)
-    return _Sum.apply(values, segments, using or asked_for())
+    return _record(_Sum, values, rest=(segments, using or asked_for()))
 
 
 def gather(segments: Segments, values: Tensor, using: str | None = None) -> Tensor:
     """The value of its segment at each element, ``(size, ...) -> (E, ...)``; its derivative is summed deterministically."""
     if chosen("sum", using, values).traceable:
         return values.index_select(0, segments.index)
-    return _Gather.apply(values, segments, using or asked_for())
+    return _record(_Gather, values, rest=(segments, using or asked_for()))
 
 
 def softmax(segments: Segments, values: Tensor, using: str | None = None) -> Tensor:
     kernels = chosen("softmax", using, values)
     if kernels.traceable:
         return kernels.softmax(segments, values)
-    return _Softmax.apply(values, segments, using or asked_for())
+    return _record(_Softmax, values, rest=(segments, using or asked_for()))
 
 
 def logsumexp(segments: Segments, values: Tensor, using: str | None = None) -> Tensor:
     kernels = chosen("logsumexp", using, values)
     if kernels.traceable:
         return kernels.logsumexp(segments, values)
-    return _LogSumExp.apply(values, segments, using or asked_for())
+    return _record(_LogSumExp, values, rest=(segments, using or asked_for()))
 
 
 def product(segments: Segments, values: Tensor, using: str | None = None) -> Tensor:
@@ -56,7 +60,7 @@ def product(segments: Segments, values: Tensor, using: str | None = None) -> Ten
         return kernels.product(segments, values)
     if kernels.traceable:
         return product_of_scan(segments, values)
-    return _Product.apply(values, segments, using or asked_for())
+    return _record(_Product, values, rest=(segments, using or asked_for()))
 
 
 def first_extremum(segments: Segments, values: Tensor, largest: bool, using: str | None = None) -> Tensor:
@@ -64,21 +68,37 @@ def first_extremum(segments: Segments, values: Tensor, largest: bool, using: str
     kernels = chosen("first", using, values)
     if kernels.traceable:
         return kernels.first(segments, values.detach(), largest)
-    return _First.apply(values, segments, largest, using or asked_for())
+    return _record(_First, values, rest=(segments, largest, using or asked_for()))
 
 
 def spmm(pattern: Pattern, weights: Tensor | None, x: Tensor, using: str | None = None) -> Tensor:
     kernels = chosen("spmm", using, x, *(() if weights is None else (weights,)))
     if kernels.traceable:
         return kernels.spmm(pattern, weights, x)
-    return _SpMM.apply(weights, x, pattern, using or asked_for())
+    return _record(_SpMM, weights, x, rest=(pattern, using or asked_for()))
 
 
 def sddmm(pattern: Pattern, q: Tensor, k: Tensor, using: str | None = None) -> Tensor:
     kernels = chosen("sddmm", using, q, k)
     if kernels.traceable:
         return kernels.sddmm(pattern, q, k)
-    return _SDDMM.apply(q, k, pattern, using or asked_for())
+    return _record(_SDDMM, q, k, rest=(pattern, using or asked_for()))
+
+
+def _under_transform(operands: tuple[Tensor | None, ...]) -> bool:
+    """Whether a transform of `torch.func` is at work, or left its wrapper on an operand; True where torch cannot say."""
+    if _TRANSFORMS_ACTIVE is None or _IS_WRAPPED is None:
+        return True
+    return _TRANSFORMS_ACTIVE() or any(_IS_WRAPPED(x) for x in operands if x is not None)
+
+
+def _record(function: type[torch.autograd.Function], *operands: Tensor | None, rest: tuple[Any, ...]) -> Tensor:
+    """``function.apply``, less what it need not do: on a small graph its reading of signatures costs more than the kernel."""
+    if _under_transform(operands):
+        return function.apply(*operands, *rest)
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in operands if x is not None):
+        return function.forward(*operands, *rest)
+    return super(torch.autograd.Function, function).apply(*operands, *rest)  # type: ignore[misc]
 
 
 class _OverSegments(torch.autograd.Function):

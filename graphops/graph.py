@@ -236,12 +236,13 @@ class Graph:
         """Each edge in both directions, once, sorted by target; the weights of what is merged by ``reduce``.
 
         With the mean a symmetric graph stays what it is; PyG's function adds, which doubles its weights. Loops count once.
+        Both directions get the same number, to the last bit.
         """
         self._square("to_undirected")
-        back = self.edge_subgraph(self.source != self.target)
-        weight = None if self.weight is None or back.weight is None else torch.cat([self.weight, back.weight])
-        edges = torch.cat([self.edge_index, back.edge_index.flip(0)], 1)
-        return self._unchecked(edge_index=edges, weight=weight).coalesce(reduce)
+        pairs = self._unchecked(edge_index=self.edge_index.sort(0).values).coalesce(reduce)
+        back = pairs.edge_subgraph(pairs.source != pairs.target)
+        weight = None if pairs.weight is None or back.weight is None else torch.cat([pairs.weight, back.weight])
+        return self._unchecked(edge_index=torch.cat([pairs.edge_index, back.edge_index.flip(0)], 1), weight=weight).coalesce()
 
     def subgraph(self, nodes: Tensor) -> Graph:
         """The ``nodes``, a mask ``(n,)`` or distinct numbers, and the edges among them; node i is then ``nodes[i]``."""

@@ -9,6 +9,9 @@ float32 and returned as they came.
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 from torch import Tensor
 
@@ -118,11 +121,17 @@ def _extremum(over: Over, values: Tensor, size: int | None, fill: float | None, 
         fill = float("-inf") if largest else float("inf")
         if not values.is_floating_point():
             fill = torch.iinfo(values.dtype).min if largest else torch.iinfo(values.dtype).max
+    return extremum_and_place(segments, values, largest, fill)[0]
+
+
+def extremum_and_place(segments: Segments, values: Tensor, largest: bool, fill: float) -> tuple[Tensor, Tensor]:
+    """The extremum of each segment, ``fill`` without elements, and the first element that attains it, E without elements."""
     if segments.count == 0 or segments.size == 0:
-        return values.new_full((segments.size, *values.shape[1:]), fill)
+        shape = (segments.size, *values.shape[1:])
+        return values.new_full(shape, fill), segments.index.new_full(shape, segments.count)
     first = autograd.first_extremum(segments, widened(values), largest)
     empty = first == segments.count
-    return torch.where(empty, fill, values.gather(0, first.masked_fill(empty, 0)))
+    return torch.where(empty, fill, values.gather(0, first.masked_fill(empty, 0))), first
 
 
 def max(over: Over, values: Tensor, *, size: int | None = None, fill: float | None = None) -> Tensor:
@@ -193,9 +202,10 @@ def gather(over: Over, values: Tensor, *, size: int | None = None) -> Tensor:
 
 def _same_dtype(*tensors: Tensor) -> tuple[list[Tensor], torch.dtype]:
     dtype = tensors[0].dtype
-    for other in tensors[1:]:
-        dtype = torch.promote_types(dtype, other.dtype)
-    return [widened(tensor.to(dtype)) for tensor in tensors], dtype
+    if any(other.dtype != dtype for other in tensors):
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
+        tensors = tuple(x.to(dtype) for x in tensors)
+    return [widened(x) for x in tensors], dtype
 
 
 def spmm(graph: Graph, weights: Tensor | None, x: Tensor) -> Tensor:
@@ -206,21 +216,19 @@ def spmm(graph: Graph, weights: Tensor | None, x: Tensor) -> Tensor:
     ``g.reverse()`` it is the product with the transpose.
     """
     check_values(x, graph.num_sources, graph.device, "x", "sources")
-    if weights is None:
-        (wide,), dtype = _same_dtype(x)
-        return autograd.spmm(graph.pattern, None, wide.flatten(1) if x.dim() != 1 else wide[:, None]).reshape(
-            graph.num_targets, *x.shape[1:]
-        ).to(dtype)
-    check_values(weights, graph.num_edges, graph.device, "weights", "E, edges")
-    (weights, wide), dtype = _same_dtype(weights, x)
-    if weights.dim() == 2:
-        if x.dim() != 3 or x.shape[1] != weights.shape[1]:
+    wide, dtype = widened(x), x.dtype
+    if weights is not None:
+        check_values(weights, graph.num_edges, graph.device, "weights", "E, edges")
+        if weights.dim() not in (1, 2):
+            raise ArgumentError(f"weights must have shape (E,) or (E, H), not {tuple(weights.shape)}")
+        if weights.dim() == 2 and (x.dim() != 3 or x.shape[1] != weights.shape[1]):
             raise ArgumentError(f"weights {tuple(weights.shape)} of H heads need x of shape (n, H, F), not {tuple(x.shape)}")
+        (weights, wide), dtype = _same_dtype(weights, x)
+    if x.dim() == 2 or (weights is not None and weights.dim() == 2):
         return autograd.spmm(graph.pattern, weights, wide).to(dtype)
-    if weights.dim() != 1:
-        raise ArgumentError(f"weights must have shape (E,) or (E, H), not {tuple(weights.shape)}")
-    flat = wide.reshape(graph.num_sources, -1) if x.numel() else wide.flatten(1)
-    return autograd.spmm(graph.pattern, weights, flat).reshape(graph.num_targets, *x.shape[1:]).to(dtype)
+    features = x.shape[1:]
+    flat = wide.reshape(x.shape[0], math.prod(features))
+    return autograd.spmm(graph.pattern, weights, flat).reshape(graph.num_targets, *features).to(dtype)
 
 
 def sddmm(graph: Graph, q: Tensor, k: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from .plain import Plain
 
 __all__ = ["BACKENDS", "KERNELS", "Backend", "backend", "chosen", "get"]
 
-BACKENDS = {"native": "Native", "plain": "Plain", "scatter": "Scatter"}
+BACKENDS = {"native": "Native", "plain": "Plain", "scatter": "Scatter", "triton": "Triton"}
 """Name, which is that of the file here too, and class of each backend."""
 
 NATIVE, PLAIN = Native(), Plain()
@@ -49,7 +49,7 @@ def backend(name: str) -> Iterator[Backend]:
 
 def in_forward_mode() -> bool:
     """Whether a level of forward-mode differentiation is open, of ``torch.func.jvp`` or ``forward_ad`` alike."""
-    level = getattr(forward_ad, "_current_level", None)
+    level = getattr(forward_ad, "_current_level", None)  # not public
     return _can_make_dual() if level is None else level >= 0
 
 

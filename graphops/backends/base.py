@@ -60,8 +60,7 @@ class Backend(ABC):
 
     def _shifted(self, segments: Segments, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each segment's finite shift, exp(values - shift) and its sum: what softmax and logsumexp share."""
-        top = self.extremum(segments, values, True)
-        top = top.masked_fill(top == -math.inf, 0.0)
+        top = self.extremum(segments, values, True).clamp_(min=torch.finfo(values.dtype).min)
         powers = (values - top.index_select(0, segments.index)).exp_()
         return top, powers, self.sum(segments, powers)
 

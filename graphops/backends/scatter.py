@@ -15,10 +15,10 @@ __all__ = ["Scatter"]
 
 
 class Scatter(Backend):
-    """torch-scatter has no sampled product and no sorted product of elements; ``native`` serves the first."""
+    """It has no sampled product, and a product of elements only by atomics, 0 where there are none: ``native`` serves both."""
 
     name = "scatter"
-    provides = frozenset({"sum", "extremum", "product", "softmax", "logsumexp", "spmm"})
+    provides = frozenset({"sum", "extremum", "softmax", "logsumexp", "spmm"})
 
     def __init__(self) -> None:
         try:
@@ -40,9 +40,6 @@ class Scatter(Backend):
         # It compares with < and so passes NaN over.
         odd = self.sum(segments, values.isnan().to(values.dtype)) > 0
         return best.masked_fill(odd, math.nan)
-
-    def product(self, segments: Segments, values: Tensor) -> Tensor:
-        return self.kernels.scatter_mul(values, segments.index, dim=0, dim_size=segments.size)
 
     def spmm(self, pattern: Pattern, weights: Tensor | None, x: Tensor) -> Tensor:
         messages = x.index_select(0, pattern.rows.stored(pattern.columns.index))
