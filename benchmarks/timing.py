@@ -22,7 +22,10 @@ import torch
 
 __all__ = ["Deadline", "OutOfTime", "Prepared", "Timing", "interleaved", "machine", "peak_increase", "peak_memory"]
 
-PACKAGES = ("proxode", "torch", "numpy", "scipy", "matplotlib", "rich", "torchdiffeq", "torchode", "scikit-sundae")
+PACKAGES = (
+    *("proxode", "torch", "numpy", "scipy", "matplotlib", "rich"),
+    *("torchdiffeq", "torchode", "scikit-sundae", "torch-scatter", "torch_geometric"),
+)
 
 
 class OutOfTime(Exception):

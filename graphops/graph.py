@@ -133,7 +133,7 @@ class Graph:
             raise ArgumentError(f"direction must be 'in' or 'out', not {direction!r}")
         segments = self.incoming if direction == "in" else self.outgoing
         if not weighted:
-            return segments.counts
+            return segments.counts.clone()
         if self.weight is None:
             raise ArgumentError("the graph has no weights to add: with_weight gives it some, or leave weighted out")
         return autograd.total(segments, self.weight)

@@ -1,7 +1,7 @@
 """The same kernels as ordinary torch operations, which compile, batch and differentiate by themselves, forward mode included.
 
 Chosen automatically while ``torch.compile`` traces and inside forward-mode differentiation, and for what is not floating
-point of 32 or 64 bits. It forms a message per edge, so it needs memory O(E F).
+point of 32 or 64 bits. It forms a message per edge, so it needs memory O(E F); on CUDA its sums are not deterministic.
 """
 
 from __future__ import annotations
