@@ -76,7 +76,7 @@ def copy_rate() -> float:
     source = torch.rand(60_000_000)
     target = torch.empty_like(source)
     timing = interleaved({"copy": lambda: target.copy_(source)}, 7)["copy"]
-    return source.numel() * 4 / min(timing.wall) / 1e9
+    return source.numel() * 4 / min(timing.cpu) / 1e9
 
 
 def measure(name: str, problem: GraphProblem, graph: Graph, copy: float) -> list[dict[str, Any]]:
@@ -92,7 +92,7 @@ def measure(name: str, problem: GraphProblem, graph: Graph, copy: float) -> list
             line: dict[str, Any] = {"name": implementation, "operator": operator_name, "graph": name}
             for mode in MODES:
                 if (implementation, mode) in todo:
-                    line[mode] = 1e3 * min(timings[f"{implementation} / {mode}"].wall)
+                    line[mode] = 1e3 * min(timings[f"{implementation} / {mode}"].cpu)
             line["rate"] = operator.traffic(graph, problem.width) / line["forward"] / 1e6
             line["share"] = 100 * line["rate"] / copy
             lines.append(line)
@@ -200,7 +200,7 @@ def run(settings: Settings) -> Result:
     targets.rows = [compared(ratio, graph, kernels.rows) for ratio in RATIOS for graph in ratio.bars]
     targets.rows += [*bandwidth(kernels.rows), *graph_memory.targets(settings), *second_derivatives(), *checked]
     kernels.notes += [
-        f"allocator: {allocator()}; stream copy {copy:.1f} GB/s; times: minimum wall time of interleaved runs",
+        f"allocator: {allocator()}; stream copy {copy:.1f} GB/s; times: minimum process CPU time of interleaved runs",
         f"reductions take {HEADS} numbers an edge; edges come sorted by target; GB/s: of the forward pass, nothing read twice",
         "and again: forward, backward of half the square of the result, and the derivative of that gradient along the operands",
     ]
