@@ -279,11 +279,11 @@ def _place(events: Sequence[Event], field: Field, r: Round, interpolate: Any, lo
     if not torch.is_grad_enabled():
         return t, here
     numbers = [n for n in np.unique(r.which).tolist() if n >= 0]
-    known = [evaluate(events, n, field, t, here) for n in numbers]
-    moving = [n for n, g in zip(numbers, known, strict=True) if g.requires_grad]
-    slope = at(t, 1).detach() if moving else None
-    rates = {n: rate(events, n, field, t, here, slope)[0] for n in moving}
-    for _ in range(2 if moving else 0):
+    if not any(evaluate(events, n, field, t, here).requires_grad for n in numbers):
+        return t, here
+    slope = at(t, 1).detach()
+    rates = {n: rate(events, n, field, t, here, slope)[0] for n in numbers}
+    for _ in range(2):
         t = shifted(events, field, r.which, rates, t, here)
         here = at(t)
     return t, here
@@ -300,6 +300,8 @@ def shifted(
     result = t
     for number, change in rates.items():
         g = evaluate(events, number, field, t, y)
+        if not g.requires_grad:
+            continue
         moved = t - (g - g.detach()).to(torch.float64) / change
         result = moved if layout.joint else torch.where(_mask(layout, which == number), moved, result)
     return result

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..control import CONTROLLERS, Jump
+from ..events import Chunk, rate, shifted
 from ..field import Field
 from ..layout import Layout
 from ..loop import Plan, Record, Times, Trajectory, drive
@@ -111,6 +112,14 @@ class Continuous(Sweep):
         plan, method = self.plan, self.method
         if plan.jumps:
             raise UnsupportedError("adjoint='backsolve' does not go back through jumps: use adjoint='checkpoint'")
+        for number, event in enumerate(plan.events):
+            if event.reset is not None or not event.terminal:
+                raise UnsupportedError(
+                    f"adjoint='backsolve' takes terminal events without a reset, which events[{number}] is not: use "
+                    "adjoint='checkpoint'"
+                )
+        if plan.events and plan.save.kind == "steps":
+            raise UnsupportedError("adjoint='backsolve' with events does not take save='steps': use adjoint='checkpoint'")
         if method.implicit and self.options.adjoint_method is None:
             raise UnsupportedError(
                 f"adjoint='backsolve' would run {method.name!r} backwards, where the problem is not dissipative: use "
@@ -129,7 +138,7 @@ class Continuous(Sweep):
         self.times, self.t_last = trajectory.t.detach(), trajectory.t_last
         return trajectory, []
 
-    def backward(self, tensors, saved, values, last, needed) -> list[Tensor | None]:
+    def backward(self, tensors, saved, values, last, needed, events) -> list[Tensor | None]:
         plan = self.inputs.rebind(self.plan, self.inputs.detached(tensors))
         # t reaches f as a number; the end points' share in dL/dt is added below.
         leaves = self.inputs.detached(tensors, [wanted and i != 1 for i, wanted in enumerate(needed)])
@@ -167,6 +176,26 @@ class Continuous(Sweep):
             elif before:
                 outputs.append(_Output(number, t, y, cotangent))
         return _Start(t_last, y_last, total), outputs
+
+    def attached(self, plan, trajectory) -> Trajectory:
+        """The end of a solve is a root of an event function: its time moves with the solution, the state along the slope."""
+        layout, field = plan.layout, plan.field
+        log, y = trajectory.events, trajectory.y_last
+        t = torch.as_tensor(trajectory.t_last, dtype=torch.float64, device=layout.device)
+        which = np.full(layout.batch, -1)
+        for round_ in log.rounds:
+            which[round_.samples] = round_.which[round_.samples]
+        with torch.no_grad():
+            slope = field(field.time(t), y.detach())
+        numbers = [number for number in np.unique(which).tolist() if number >= 0]
+        rates = {n: rate(plan.events, n, field, t, y, slope)[0] for n in numbers}
+        moved = shifted(plan.events, field, which, rates, t, y)
+        y = y + layout.spread(moved - t) * slope
+        samples, rows = (torch.from_numpy(np.concatenate(x)).to(layout.device) for x in zip(*(r[4:] for r in log.rounds)))
+        chunk = Chunk(moved.reshape(1), y[None], y[None]) if layout.joint else Chunk(moved[samples], y[rows], y[rows])
+        values = y[None] if plan.save.kind == "final" else trajectory.values
+        counts = {name: count + 1 if name.startswith("nfe") else count for name, count in trajectory.counts.items()}
+        return trajectory._replace(values=values, y_last=y, events=log._replace(chunk=chunk), counts=counts)
 
     # -- the backward solve -------------------------------------------------------------------------------------------
 
@@ -219,6 +248,7 @@ class Continuous(Sweep):
             dt0=dt0,
             observer=None,
             times=times,
+            events=(),
         )
 
     def _norm(self, plan: Plan, layout: Layout) -> ErrorNorm:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from ..events import evaluate
 from ..status import UnsupportedError
 
 
@@ -28,7 +29,7 @@ class Captured(NamedTuple):
 
 
 def find(plan: Any, y0: Tensor) -> Captured:
-    """Tensors that f and the maps of jumps use at the start of the solve, and parameters of modules among them.
+    """Tensors that f, the maps of jumps, and the functions and resets of events use at the start of the solve, and parameters of modules among them.
 
     A tensor that was computed before the solve (w = 2 p) is taken as it is where that is possible: one whose graph leads to
     no other captured tensor, and that the evaluation showed by name. Else the leaves behind it are taken instead.
@@ -81,8 +82,9 @@ class Strangers:
 
 
 def _modules(plan: Any) -> Iterator[nn.Module]:
-    """Modules in reach: f itself, the owner of a bound method, jump maps, and modules among the arguments."""
+    """Modules in reach: f itself, the owner of a bound method, what jumps and events call, and modules among the arguments."""
     functions = [plan.field.func, *(jump.map for jump in plan.jumps)]
+    functions += [function for event in plan.events for function in (event.fn, event.reset)]
     for function in (*functions, *pytree.tree_leaves(plan.field.args)):
         while hasattr(function, "func"):  # functools.partial
             function = function.func
@@ -94,6 +96,11 @@ def _modules(plan: Any) -> Iterator[nn.Module]:
 def _evaluate(plan: Any, field: Any, y0: Tensor) -> list[Tensor]:
     y = y0.detach()
     roots: list[Any] = [field(field.time(plan.clock.start), y)]
+    for number, event in enumerate(plan.events):
+        roots.append(evaluate(plan.events, number, field, plan.clock.start, y))
+        if event.reset is not None:
+            found = event.reset(field.time(plan.clock.start), plan.layout.unflatten(y.clone()), *field.args)
+            roots += pytree.tree_leaves(found)
     for jump in plan.jumps:
         if jump.map is not None:
             time = torch.as_tensor(jump.t, dtype=torch.float64, device=y.device).detach()

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..control import JointClock
+from ..events import carry_out
 from ..loop import Plan, Record, Trajectory, apply_jumps, before_jump, drive
 from ..saveat import Segment, joint_values, row_values
 from ..solution import Stats
-from ..status import ArgumentError
+from ..status import ArgumentError, Status
 from .base import ADJOINTS, Adjoint
 from .capture import Strangers
 from .whole import Sweep, solve_whole
@@ -145,12 +146,15 @@ class Discrete(Sweep):
         trajectory = drive(plan, tensors[0].detach(), self.tape)
         if not plan.layout.joint:
             self.taken = trajectory.counts["accepted"] + 1
-            self.reached = trajectory.status == 0
+            self.reached = trajectory.status == Status.SUCCESS
+            if plan.events:
+                # Of those that ended early some may have done so at their last output.
+                self.reached = self.reached | (trajectory.t_last == plan.clock.end)
         return trajectory, self.tape.pack()
 
-    def backward(self, tensors, saved, values, last, needed) -> list[Tensor | None]:
+    def backward(self, tensors, saved, values, last, needed, events) -> list[Tensor | None]:
         points = self.tape.unpack(saved[:-2])
-        replay = (_JointReplay if self.plan.layout.joint else _RowReplay)(self, tensors, needed, values)
+        replay = (_JointReplay if self.plan.layout.joint else _RowReplay)(self, tensors, needed, values, events)
         replay.start(last)
         _Schedule(replay, points, self.tape.limit).run(len(self.tape.records))
         self.stats.backward = replay.stats
@@ -259,8 +263,16 @@ class _Cut:
 class _Replay:
     """Carries the cotangents of y, of the method's state and of the node from each step to the one before."""
 
-    def __init__(self, sweep: Discrete, tensors: Sequence[Tensor], needed: Sequence[bool], values: Tensor | None) -> None:
+    def __init__(
+        self,
+        sweep: Discrete,
+        tensors: Sequence[Tensor],
+        needed: Sequence[bool],
+        values: Tensor | None,
+        events: Sequence[Tensor | None],
+    ) -> None:
         self.sweep, self.layout = sweep, sweep.plan.layout
+        self.events = _Cotangents(events, sweep.tape.records)
         self.values: Any = values
         self.records, self.orders = sweep.tape.records, sweep.tape.orders
         inputs = sweep.inputs
@@ -285,8 +297,8 @@ class _Replay:
         """Cotangent of the end."""
         raise NotImplementedError
 
-    def forward(self, record: Record, lo: Any, point: Point, interior: bool) -> tuple[Tensor, Any, Any, Segment, int]:
-        """The step: (y, state, node) after it, its segment for outputs, and the calls of f it took."""
+    def forward(self, record: Record, lo: Any, point: Point, interior: bool) -> tuple[Tensor, Any, Any, Segment, int, Any]:
+        """The step: (y, state, node) after it, its segment for outputs, the calls of f it took, and a chunk of events."""
         raise NotImplementedError
 
     def outputs(self, number: int, segment: Segment) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -322,12 +334,14 @@ class _Replay:
             y = point.y.detach().requires_grad_()
             state, leaves = self._fresh(point.state)
             lo = self._node(record).requires_grad_() if self.graph else record.t
-            interior = self.values is not None and self.interior(record)
-            y1, state1, end, segment, work = self.forward(record, lo, Point(y, state), interior)
-            values, cotangents = self.outputs(number, segment) if self.values is not None else ((), ())
+            interior = record.events is not None or (self.values is not None and self.interior(record))
+            y1, state1, end, segment, work, chunk = self.forward(record, lo, Point(y, state), interior)
+            outputs = zip(*self.outputs(number, segment)) if self.values is not None else ()
+            events = zip(chunk, self.events.of(number)) if chunk is not None else ()
+            pairs = [*outputs, *events]
         self.stats.nfe += work
         self.stats.nvjp += work
-        self._pull(record, y, leaves, lo, (y1, _tensors(state1), end), values, cotangents)
+        self._pull(record, y, leaves, lo, (y1, _tensors(state1), end), pairs)
 
     def _fresh(self, state: Any) -> tuple[Any, list[Tensor]]:
         """A method's state with leaves of its own, and those to differentiate for."""
@@ -347,9 +361,9 @@ class _Replay:
 
         return pytree.tree_map(renew, state), found
 
-    def _pull(self, record, y, leaves, lo, after, values, cotangents) -> None:
+    def _pull(self, record, y, leaves, lo, after, pairs) -> None:
         y1, state1, end = after
-        pairs = [(y1, self.y), *zip(values, cotangents), *zip(state1, self.state)]
+        pairs = [(y1, self.y), *pairs, *zip(state1, self.state)]
         if self.graph and isinstance(end, Tensor):
             pairs.append((end, self.node))
         pairs = [(x, c) for x, c in pairs if c is not None and x.requires_grad]
@@ -397,7 +411,7 @@ class _Replay:
 
     def field(self, record: Record) -> Any:
         """f as the step met it."""
-        if not record.jumps:
+        if not self.plan.jumps or not (record.jumps or record.events is not None):
             return self.plan.field
         self.clock.next = record.stop
         return before_jump(self.plan, record.t1, record.hit)
@@ -408,6 +422,15 @@ class _Replay:
             return record.h, record.t1
         self.clock.next = record.stop
         return self.clock.graph(lo, record.t1, record.h, record.hit)
+
+    def _step(self, record: Record, lo: Any, dt: Any, y: Tensor, state: Any, active: Any) -> tuple[Any, Any, int]:
+        """The step as the loop took it, its interpolant (good if it has events), and the calls of f."""
+        field, method = self.field(record), self.plan.method
+        out = method.step(field, lo, dt, y, state, active)
+        if record.events is None:
+            return out, None, out.work
+        dense, calls = method.prepare(field, out.dense)
+        return out, _interpolant(self.plan, out._replace(dense=dense)), out.work + calls
 
     def restarted(self, record: Record, t: Any, y: Tensor) -> tuple[Any, int]:
         """The method's state for a new start after a jump, and the calls of f that took."""
@@ -424,6 +447,27 @@ class _Replay:
         if self.graph:
             self.cut.finish(self.sums, self.node, self.inputs[1:])
         return [y, *(self.sums.get(x) if x.requires_grad else None for x in self.inputs[1:])]
+
+
+def _interpolant(plan: Plan, out: Any) -> Any:
+    return lambda theta, derivative=0: plan.method.interpolate(out.dense, theta, derivative)
+
+
+class _Cotangents:
+    """Cotangents of the parts of the chunk of a solve, step by step."""
+
+    def __init__(self, given: Sequence[Tensor | None], records: Sequence[Record]) -> None:
+        self.given = given
+        self.places, times, rows = [], 0, 0
+        for record in records if given else ():
+            count = (0, 0) if record.events is None else record.events.sizes
+            self.places.append((slice(times, times + count[0]), slice(rows, rows + count[1])))
+            times, rows = times + count[0], rows + count[1]
+
+    def of(self, number: int) -> list[Tensor | None]:
+        """Those of step ``number``: of times, and states before and after."""
+        time, rows = self.places[number]
+        return [None if x is None else x[place] for x, place in zip(self.given, (time, rows, rows), strict=True)]
 
 
 def _tensors(state: Any) -> list[Tensor]:
@@ -447,21 +491,33 @@ class _JointReplay(_Replay):
             return record.outputs
         first, inner, last = record.outputs
         self.clock.next = record.stop
-        return first, inner if self.clock.tied(record.hit) else last, last
+        # At an event, as in the forward pass, an output is the state after it.
+        cut = record.events is not None and record.events.cut[0]
+        return first, inner if cut or self.clock.tied(record.hit) else last, last
 
     def forward(self, record, lo, point, interior):
         plan = self.plan
         dt, end = self.bounds(record, lo, self.graph)
         out = plan.method.replay(self.field(record), lo, dt, point.y, point.state, True, interior)
-        y, state, work = out.y1, out.state, out.work
+        interpolate = _interpolant(plan, out)
+        h = dt if self.graph else record.t1 - record.t
+        y, state, end, work, chunk = self._after(record, out, point.state is not None, interpolate, lo, h, end)
+        return y, state, end, Segment(lo, h, record.t1, y, interpolate), out.work + work, chunk
+
+    def _after(self, record, out, restart, interpolate, lo, h, end):
+        """(y, state, node, calls of f, chunk) after the events and jumps of a step, the state renewed if ``restart``."""
+        plan, found, chunk = self.plan, record.events, None
+        y, state, calls, stops = out.y1, out.state, 0, bool(record.jumps)
+        if found is not None:
+            outcome = carry_out(plan.events, plan.field, found, interpolate, lo, h, y, end)
+            y, chunk = outcome.y, outcome.chunk
+            if found.cut[0]:
+                end, stops = outcome.end if self.graph else float(found.t[0]), stops or found.code[0] < 0
         if record.jumps:
             y = apply_jumps(plan, record.jumps, end, y)
-            if point.state is not None:
-                state, calls = self.restarted(record, end, y)
-                work += calls
-        h = dt if self.graph else record.t1 - record.t
-        segment = Segment(lo, h, record.t1, y, lambda theta: plan.method.interpolate(out.dense, theta))
-        return y, state, end, segment, work
+        if stops and restart:
+            state, calls = self.restarted(record, end, y)
+        return y, state, end, calls, chunk
 
     def outputs(self, number, segment):
         pending = self._pending(self.records[number])
@@ -478,14 +534,11 @@ class _JointReplay(_Replay):
         self.y = cotangent if self.y is None else self.y + cotangent
 
     def again(self, record, lo, y, state, graph):
-        plan = self.plan
         dt, end = self.bounds(record, lo, graph)
-        out = plan.method.step(self.field(record), lo, dt, y, state, True)
-        if not record.jumps:
-            return out.y1, out.state, out.work
-        y = apply_jumps(plan, record.jumps, end, out.y1)
-        state, calls = self.restarted(record, end, y)
-        return y, state, out.work + calls
+        out, interpolate, work = self._step(record, lo, dt, y, state, True)
+        h = dt if graph else record.t1 - record.t
+        y, state, _, calls, _ = self._after(record, out, True, interpolate, lo, h, end)
+        return y, state, work + calls
 
 
 class _RowReplay(_Replay):
@@ -528,20 +581,28 @@ class _RowReplay(_Replay):
         end = torch.where(record.accept, end, lo)
         stored = point.state is not None
         y, state = layout.merge(record.accept, (out.y1, out.state if stored else ()), (point.y, point.state or ()))
-        y, state, calls = self._jump(record, end, y, state, stored)
-        tied = self.clock.tied(record.hit)
-        segment = Segment(lo, dt, end.detach(), y, lambda theta: plan.method.interpolate(out.dense, theta), tied)
-        return y, state, end, segment, out.work + calls
+        interpolate, tied, cut = _interpolant(plan, out), self.clock.tied(record.hit), None
+        y, state, end, calls, chunk = self._after(record, y, state, stored, interpolate, lo, dt, end)
+        if record.events is not None:
+            cut = torch.from_numpy(record.events.cut).to(layout.device)
+            tied = tied if tied is True else tied | cut
+        return y, state, end, Segment(lo, dt, end.detach(), y, interpolate, tied, cut), out.work + calls, chunk
 
-    def _jump(self, record, t, y, state, restart):
-        plan, layout = self.plan, self.layout
+    def _after(self, record, y, state, restart, interpolate, lo, h, end):
+        """(y, state, node, calls of f, chunk) after the events and jumps of a step, the state renewed if ``restart``."""
+        plan, layout, found, chunk = self.plan, self.layout, record.events, None
+        masks = list(record.jumps.values())
+        if found is not None:
+            outcome = carry_out(plan.events, plan.field, found, interpolate, lo, h, y, end)
+            y, end, chunk = outcome.y, outcome.end, outcome.chunk
+            going = found.cut & (found.code < 0)
+            masks += [torch.from_numpy(going).to(layout.device)] if going.any() else []
         for number, mask in record.jumps.items():
-            y = torch.where(layout.spread(mask), apply_jumps(plan, (number,), t, y), y)
-        if not record.jumps or not restart:
-            return y, state, 0
-        new, calls = self.restarted(record, t, y)
-        some = torch.stack(list(record.jumps.values())).any(0)
-        return y, layout.merge(some, new, state), calls
+            y = torch.where(layout.spread(mask), apply_jumps(plan, (number,), end, y), y)
+        if not masks or not restart:
+            return y, state, end, 0, chunk
+        new, calls = self.restarted(record, end, y)
+        return y, layout.merge(torch.stack(masks).any(0), new, state), end, calls, chunk
 
     def outputs(self, number, segment):
         record = self.records[number]
@@ -556,11 +617,11 @@ class _RowReplay(_Replay):
         return (values,), (self._gather(done + offset, offset < count),)
 
     def again(self, record, lo, y, state, graph):
-        plan, layout = self.plan, self.layout
+        layout = self.layout
         dt, end = self.bounds(record, lo, graph)
         dt = torch.where(record.accept, dt, 0.0)
-        out = plan.method.step(self.field(record), lo, dt, y, state, record.active)
+        out, interpolate, work = self._step(record, lo, dt, y, state, record.active)
         end = torch.where(record.accept, end, lo)
         y, state = layout.merge(record.accept, (out.y1, out.state), (y, state))
-        y, state, calls = self._jump(record, end, y, state, True)
-        return y, state, out.work + calls
+        y, state, _, calls, _ = self._after(record, y, state, True, interpolate, lo, dt, end)
+        return y, state, work + calls

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..events import Chunk
 from ..layout import transforms_active
 from ..loop import Plan, Trajectory, drive
 from ..saveat import SaveAt
@@ -83,8 +84,14 @@ class Sweep(ABC):
         values: Tensor | None,
         last: Tensor | None,
         needed: Sequence[bool],
+        events: Sequence[Tensor | None],
     ) -> list[Tensor | None]:
-        """Cotangents of ``tensors`` from those of the trajectory's ``values`` and ``y_last``."""
+        """Cotangents of ``tensors`` from those of the trajectory's ``values`` and ``y_last`` and, where there were events,
+        of the parts of their chunk."""
+
+    def attached(self, plan: Plan, trajectory: Trajectory) -> Trajectory:
+        """The trajectory of the node, with gradients that do not come from the node."""
+        return trajectory
 
 
 def solve_whole(
@@ -116,15 +123,18 @@ def solve_whole(
         )
     bare = dataclasses.replace(plan, save=SaveAt(plan.save.kind))
     job = sweep(bare, inputs, stats, **options)
-    values, last = _Whole.apply(job, *inputs.tensors)
+    values, last, *chunk = _Whole.apply(job, *inputs.tensors)
     trajectory, job.result = job.result, None
     trajectory = _counted(trajectory._replace(values=values, y_last=last), captured.work)  # type: ignore[union-attr]
+    if chunk:
+        trajectory = trajectory._replace(events=trajectory.events._replace(chunk=Chunk(*chunk)))  # type: ignore[union-attr]
+        trajectory = job.attached(bare, trajectory)
     return trajectory if plan.save.fn is None else trajectory._replace(values=_apply_save(plan, trajectory))
 
 
 class _Whole(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, job: Sweep, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, job: Sweep, *tensors: Tensor) -> tuple[Tensor, ...]:
         trajectory, saved = job.forward(tensors)
         # No output may share memory with another one or with an input.
         values = trajectory.values.clone() if len(trajectory.values) == 1 else trajectory.values
@@ -135,19 +145,19 @@ class _Whole(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         last = trajectory.y_last.detach().clone()
         ctx.save_for_backward(*tensors, *saved, values, last)
-        return values, last
+        return (values, last) if trajectory.events is None else (values, last, *trajectory.events.chunk)
 
     @staticmethod
-    def backward(ctx: Any, values: Tensor | None, last: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, values: Tensor | None, last: Tensor | None, *events: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         needed = ctx.needs_input_grad[1:]
         enabled, dtype = ctx.autocast
         again = torch.is_grad_enabled()
         # f runs as it ran in the forward pass; casts cached there must not be met here, they carry no gradient.
         with torch.no_grad(), torch.autocast(tensors[0].device.type, dtype, enabled, cache_enabled=False):
-            found = ctx.job.backward(tensors, saved, values, last, needed)
+            found = ctx.job.backward(tensors, saved, values, last, needed, events)
         if again:
-            cause = [x for x in (*tensors, values, last) if x is not None and x.requires_grad]
+            cause = [x for x in (*tensors, values, last, *events) if x is not None and x.requires_grad]
             present = [g for g in found if g is not None]
             marked = iter(_Once.apply(ctx.job.name, len(present), *present, *cause))
             found = [None if g is None else next(marked) for g in found]
