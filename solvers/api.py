@@ -501,7 +501,10 @@ def _message(plan: Plan, trajectory: Trajectory, status: Tensor, stats: Stats) -
     else:
         who = " ("
     place = f"{who}t = {t:.9g}, dt = {dt:.3g}, nfe = {stats.nfe})"
-    return f"{_WHAT[worst]}{place}. {_remedy(plan, trajectory, worst, first, stats)}"
+    what = _WHAT[worst]
+    if plan.events and worst == Status.NON_FINITE:
+        what = what.replace("f or", "f, an event function or")
+    return f"{what}{place}. {_remedy(plan, trajectory, worst, first, stats)}"
 
 
 _DONE = {

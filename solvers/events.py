@@ -140,7 +140,8 @@ class Round(NamedTuple):
 
 class Found(NamedTuple):
     """What fires in one step. ``cut``: ``(B,)``, whose steps end early, at ``t``; ``code``: the status that samples end with,
-    -1 for those that go on; ``longest``: limit on their next step. ``undefined``: samples with a function that is NaN."""
+    -1 for those that go on; ``longest``: limit on their next step. ``undefined``: samples that must not take the step, for a
+    function is NaN in it; ``hopeless``: those of them where it is NaN at the start."""
 
     rounds: list[Round]
     cut: np.ndarray
@@ -148,6 +149,7 @@ class Found(NamedTuple):
     code: np.ndarray
     longest: np.ndarray
     undefined: np.ndarray
+    hopeless: np.ndarray
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -197,10 +199,10 @@ def report(layout: Layout, found: Log | None) -> tuple[Fired, ...]:
     places = [(r.number[r.samples], r.samples) for r in rounds]
     row_places = [(r.number[group[r.rows]], r.rows) for r in rounds]
     times = _scattered((count, layout.batch), places, t, device)
-    reached = [_scattered((count, *layout.shape), row_places, x, device) for x in (y, after)]
+    states = [_scattered((count, *layout.shape), row_places, x, device) for x in (y, after)]
     return tuple(
         Fired(torch.from_numpy(w).to(device), *rest[:1], *(layout.unflatten(x) for x in rest[1:]))
-        for w, *rest in zip(which, times.unbind(0), *(x.unbind(0) for x in reached), strict=True)
+        for w, *rest in zip(which, times.unbind(0), *(x.unbind(0) for x in states), strict=True)
     )
 
 
@@ -313,9 +315,10 @@ def rate(events: Sequence[Event], number: int, field: Field, t: Any, y: Tensor, 
     Constants, 0-dim or ``(B,)``, float64.
     """
     layout = field.layout
-    if torch.is_inference_mode_enabled():
-        field = field.renewed(torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, field.args), field.norm)
+    inference = torch.is_inference_mode_enabled()
     with torch.inference_mode(False), torch.enable_grad():
+        if inference:
+            field = field.renewed(torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, field.args), field.norm)
         time = torch.as_tensor(t, dtype=torch.float64, device=layout.device).detach().clone().requires_grad_()
         state = y.detach().clone().requires_grad_()
         g = evaluate(events, number, field, time, state)
@@ -376,18 +379,16 @@ class Lookout:
         """What fires in the step from ``t`` to ``t1``, ``y1``, for samples that ``accept`` it; None: nothing."""
         step = _Step(self, interpolate, t, t1, accept)
         tables = step.sampled(y1)
-        undefined = np.isnan(np.concatenate(tables)).any(0) & step.accept
-        step.accept = step.accept & ~undefined
+        defined = np.minimum.reduce([_first(np.isnan(table), nodes) for table, nodes in zip(tables, self.nodes, strict=True)])
         self._depart(step, tables)
         signs = [np.sign(table) for table in tables]
         for k, s in enumerate(signs):
             s[0] = self.sign[k]
         crossings = [self._crossings(k, s) & step.accept for k, s in enumerate(signs)]
-        found: Found | None = None
-        pending: Any = None
-        if undefined.any() or any(c.any() for c in crossings):
-            found, pending = self._order(step, tables, signs, crossings)
-            found = found._replace(undefined=undefined)
+        found, pending = None, None
+        if (step.accept & (defined < np.inf)).any() or any(c.any() for c in crossings):
+            found, pending = self._order(step, tables, signs, crossings, defined)
+            step.accept = step.accept & ~found.undefined
         self.fresh &= ~step.accept
         for k, (table, s) in enumerate(zip(tables, signs, strict=True)):
             self.value[k] = np.where(step.accept, table[-1], self.value[k])
@@ -401,7 +402,7 @@ class Lookout:
         """``(n + 1, B)``: whether function k fires between one sample and the next."""
         direction = self.events[k].direction or int(self.boolean[k])
         change = s[1:] - s[:-1]
-        return (s[:-1] != 0) & (change * direction > 0 if direction else change != 0)
+        return (s[:-1] != 0) & ~np.isnan(change) & (change * direction > 0 if direction else change != 0)
 
     def _depart(self, step: _Step, tables: list[np.ndarray]) -> None:
         """Signs of functions that start from 0, as far as rounding can tell: that of their derivative."""
@@ -420,8 +421,13 @@ class Lookout:
             self.sign[k] = np.where(zero, departing, self.sign[k])
             self.departed[k] = zero & (departing != 0)
 
-    def _order(self, step: _Step, tables: Any, signs: Any, crossings: Any) -> tuple[Found, np.ndarray]:
-        """Fire what crosses in the order of time, for each sample up to the first event that cuts its step."""
+    def _order(
+        self, step: _Step, tables: Any, signs: Any, crossings: Any, defined: np.ndarray
+    ) -> tuple[Found, np.ndarray]:
+        """Fire what crosses in the order of time, for each sample up to the first event that cuts its step.
+
+        ``defined``: position of the first sample with a NaN. It does no harm in a part of the step that is cut off.
+        """
         batch, lanes = len(step.accept), np.arange(len(step.accept))
         roots, place = np.full((len(tables), batch), np.inf), np.zeros((len(tables), batch), dtype=np.int64)
         cuts, terminal = (np.array([getattr(e, name) for e in self.events]) for name in ("cuts", "terminal"))
@@ -437,6 +443,8 @@ class Lookout:
 
         for k in range(len(tables)):
             look(k, np.ones(batch, dtype=bool))
+        undefined = step.accept & (np.where(cuts[:, None], roots, np.inf).min(0) > defined)
+        roots[:, undefined] = np.inf
         cut, code, at = np.zeros(batch, dtype=bool), np.full(batch, -1), step.t1.copy()
         rounds = []
         while True:
@@ -458,7 +466,7 @@ class Lookout:
                 look(k, going)
         pending = self._pending(step, signs, roots, place, at)
         longest = np.where(cut, self.longest, np.inf)
-        return Found(rounds, cut, at, code, longest, np.zeros(batch, dtype=bool)), pending
+        return Found(rounds, cut, at, code, longest, undefined, undefined & (defined == 0.0)), pending
 
     def _last(self) -> np.ndarray:
         """Samples whose next event is the last one allowed."""
@@ -515,6 +523,11 @@ class Lookout:
         self.value = np.where(who, new, self.value)
 
 
+def _first(mask: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+    """The first of ``nodes`` ``(n,)`` where ``mask`` ``(n, B)`` is true; infinite where none is."""
+    return np.where(mask.any(0), nodes[mask.argmax(0)], np.inf)
+
+
 class _Step:
     """One accepted step, for the search."""
 
@@ -543,10 +556,10 @@ class _Step:
             values.append(evaluate(events, k, field, self.end, y1))
         if layout.joint:
             self.accept, self.t0, self.t1 = np.array([True]), np.array([self.start]), np.array([self.end])
-            read: Any = lookout._read(values)
+            read = lookout._read(values)
         else:
-            *others, accept, self.t0, self.t1 = lookout._read([*values, self._accept.to(torch.float64), self.start, self.end])
-            read, self.accept = others, accept > 0
+            *read, accept, self.t0, self.t1 = lookout._read([*values, self._accept.to(torch.float64), self.start, self.end])
+            self.accept = accept > 0
         self.length = self.t1 - self.t0
         tables, rest = [], iter(read)
         for k, event in enumerate(events):

@@ -31,6 +31,10 @@ ROUNDING = 1.0 / 16.0
 """A step is below rounding when a sixteenth of it does not change t: stages could not be told apart."""
 
 
+SHORTER = 0.25
+"""What becomes of the size of a step in which an event function is NaN."""
+
+
 class Step(NamedTuple):
     """What an observer sees after a step: its end ``t``, ``dt``, the user's ``y``, the error in units of the tolerance
     (None for fixed steps) and, in the batched modes, which samples accepted it."""
@@ -360,7 +364,9 @@ class _JointRun(_Run):
         found = None if self.lookout is None else self.look(out, t1, True)
         if found is not None and found.undefined[0]:
             self.rejected += 1
-            self.give_up(Status.NON_FINITE)
+            if found.hopeless[0] or not plan.controller.adaptive or self._stuck(h):
+                self.give_up(Status.NON_FINITE)
+            self.dt = h * SHORTER
             return
         self.accepted += 1
         start = self.t
@@ -527,12 +533,14 @@ class _RowRun(_Run):
             done = stopping if clock.single else clock.finishes(accept, t1)
             going = accept
             if events is not None:
-                done, bad, going = done | events.over, bad | events.undefined, accept & ~events.over
+                done, bad, going = done | events.over, bad | events.hopeless, accept & ~events.over
             tied = _tied(clock, hit, events)
             count, inside = self.saver.pending(accept, t1, tied) if self.saver.interior else (None, None)
             jumping = clock.jumping(going, t1)
             flags = self._read(done, bad, reject, error, stopping, jumping, count, inside)
             dt = self._next_dt(h * decision.factor, stopping if flags.hit else None)
+            if events is not None:
+                dt = torch.where(events.undefined, h * SHORTER, dt)
         failure, inner = out.status, out.inner
         if flags.redo:
             out, step = self._redo(error, step)
@@ -570,9 +578,9 @@ class _RowRun(_Run):
             self.extra = self.extra + (self.nfe - before) * self.active
         if found is None:
             return None, t1, hit, accept, error
-        cut, t, code, longest, undefined = (torch.from_numpy(x).to(t1.device) for x in found[1:])
+        cut, t, code, longest, undefined, hopeless = (torch.from_numpy(x).to(t1.device) for x in found[1:])
         code = code.to(torch.int8)
-        events = _Events(found, cut, code >= 0, code.clamp(min=0), longest, undefined, (t1, h, hit))
+        events = _Events(found, cut, code >= 0, code.clamp(min=0), longest, undefined, hopeless, (t1, h, hit))
         hit = hit & (~cut | (t == t1))
         return events, torch.where(cut, t, t1), hit, accept & ~undefined, torch.where(undefined, torch.nan, error)
 
@@ -737,7 +745,7 @@ class _Flags(NamedTuple):
 
 class _Events(NamedTuple):
     """Events of a step of a batch as masks: whose steps are ``cut``, who is ``over``, and with what ``code``; whose functions
-    are ``undefined``. ``longest``: limit on the next step. ``whole``: (t1, h, hit) of the step before it was cut."""
+    are ``undefined``, and at its start, ``hopeless``. ``longest``: limit on the next step. ``whole``: (t1, h, hit) of the step before it was cut."""
 
     found: Found
     cut: Tensor
@@ -745,6 +753,7 @@ class _Events(NamedTuple):
     code: Tensor
     longest: Tensor
     undefined: Tensor
+    hopeless: Tensor
     whole: tuple[Tensor, Tensor, Tensor]
 
 
