@@ -11,6 +11,7 @@ the first derivatives of the root (implicit function theorem), a second one, aro
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -186,10 +187,9 @@ def report(layout: Layout, found: Log | None) -> tuple[Fired, ...]:
         return ()
     (t, y, after), rounds = found
     if layout.joint:
-        states = zip(y.unbind(0), after.unbind(0), strict=True)
         return tuple(
             Fired(int(r.which[0]), time, layout.unflatten(a), layout.unflatten(b))
-            for r, time, (a, b) in zip(rounds, t.unbind(0), states, strict=True)
+            for r, time, a, b in zip(rounds, t.unbind(0), y.unbind(0), after.unbind(0), strict=True)
         )
     device, count = layout.device, 1 + max(int(r.number[r.samples].max()) for r in rounds)
     which = np.full((count, layout.batch), -1)
@@ -385,17 +385,16 @@ class Lookout:
         for k, s in enumerate(signs):
             s[0] = self.sign[k]
         crossings = [self._crossings(k, s) & step.accept for k, s in enumerate(signs)]
-        found, pending = None, None
+        found = None
         if (step.accept & (defined < np.inf)).any() or any(c.any() for c in crossings):
             found, pending = self._order(step, tables, signs, crossings, defined)
+            # Where the step is cut, what was still to cross has its old sign, whatever rounding says (NaN: ask later).
+            signs = [np.where(found.cut, p, s[-1])[None] for p, s in zip(pending, signs, strict=True)]
             step.accept = step.accept & ~found.undefined
         self.fresh &= ~step.accept
         for k, (table, s) in enumerate(zip(tables, signs, strict=True)):
             self.value[k] = np.where(step.accept, table[-1], self.value[k])
             self.sign[k] = np.where(step.accept, s[-1], self.sign[k])
-        if found is not None:
-            # Where the step is cut, what was still to cross has its old sign, whatever rounding says (NaN: ask later).
-            self.sign = np.where(found.cut, pending, self.sign)
         return found
 
     def _crossings(self, k: int, s: np.ndarray) -> np.ndarray:
@@ -556,15 +555,13 @@ class _Step:
             values.append(evaluate(events, k, field, self.end, y1))
         if layout.joint:
             self.accept, self.t0, self.t1 = np.array([True]), np.array([self.start]), np.array([self.end])
-            read = lookout._read(values)
+            rest = iter(lookout._read(values))
         else:
-            *read, accept, self.t0, self.t1 = lookout._read([*values, self._accept.to(torch.float64), self.start, self.end])
-            self.accept = accept > 0
+            read = lookout._read([self._accept, self.start, self.end, *values])
+            self.accept, self.t0, self.t1 = read[0] > 0, read[1], read[2]
+            rest = iter(read[3:])
         self.length = self.t1 - self.t0
-        tables, rest = [], iter(read)
-        for k, event in enumerate(events):
-            tables.append(np.stack([lookout.value[k], *(next(rest) for _ in range(event.samples + 1))]))
-        return tables
+        return [np.stack([lookout.value[k], *itertools.islice(rest, e.samples + 1)]) for k, e in enumerate(events)]
 
     def time(self, theta: np.ndarray) -> np.ndarray:
         return np.where(theta == 1.0, self.t1, self.t0 + theta * self.length)

@@ -25,7 +25,7 @@ from .layout import Layout, carries_gradient, transforms_active
 from .methods import Method
 from .norms import ErrorNorm
 from .saveat import JointSaver, RowSaver, SaveAt, Segment
-from .status import FIRST_FAILURE, ArgumentError, Status
+from .status import ArgumentError, Status
 
 ROUNDING = 1.0 / 16.0
 """A step is below rounding when a sixteenth of it does not change t: stages could not be told apart."""
@@ -440,8 +440,8 @@ class _JointRun(_Run):
         return True
 
     def finish(self) -> Trajectory:
-        good = 0 <= self.status < FIRST_FAILURE and self.status != Status.STOPPED
-        if good and self.readable and not self.layout.finite(self.y.detach()):
+        arrived = self.status in (Status.SUCCESS, Status.EVENT, Status.MAX_EVENTS)
+        if arrived and self.readable and not self.layout.finite(self.y.detach()):
             self.status = Status.NON_FINITE
         t, values = self.saver.finish(self.t, self.y)
         counts = {
@@ -634,9 +634,9 @@ class _RowRun(_Run):
             outputs = (self.saver.done, count, flags.most, flags.inner)
             jumps = {j: jumping[j] for j in flags.jumps}
             kept = dense if self.taped_dense else None
-            whole: tuple[Any, Any, Any] = (t1, h, hit) if events is None else events.whole
-            record = Record(self.t, *whole, following, outputs, jumps, accept, self.active, before, stored, kept, found)
-            self.tape(record)
+            end1, length, stop = (t1, h, hit) if events is None else events.whole
+            taken = accept, self.active
+            self.tape(Record(self.t, end1, length, stop, following, outputs, jumps, *taken, before, stored, kept, found))
         order = decision.order
         new, old = out.state, self.state
         if order is not None:
@@ -745,7 +745,8 @@ class _Flags(NamedTuple):
 
 class _Events(NamedTuple):
     """Events of a step of a batch as masks: whose steps are ``cut``, who is ``over``, and with what ``code``; whose functions
-    are ``undefined``, and at its start, ``hopeless``. ``longest``: limit on the next step. ``whole``: (t1, h, hit) of the step before it was cut."""
+    are ``undefined``, and at the start, ``hopeless``. ``longest``: limit on the next step. ``whole``: (t1, h, hit) of the
+    step before it was cut."""
 
     found: Found
     cut: Tensor

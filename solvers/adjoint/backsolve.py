@@ -138,7 +138,7 @@ class Continuous(Sweep):
         self.times, self.t_last = trajectory.t.detach(), trajectory.t_last
         return trajectory, []
 
-    def backward(self, tensors, saved, values, last, needed, events) -> list[Tensor | None]:
+    def backward(self, tensors, saved, values, last, needed) -> list[Tensor | None]:
         plan = self.inputs.rebind(self.plan, self.inputs.detached(tensors))
         # t reaches f as a number; the end points' share in dL/dt is added below.
         leaves = self.inputs.detached(tensors, [wanted and i != 1 for i, wanted in enumerate(needed)])

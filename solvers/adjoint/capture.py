@@ -29,7 +29,8 @@ class Captured(NamedTuple):
 
 
 def find(plan: Any, y0: Tensor) -> Captured:
-    """Tensors that f, the maps of jumps, and the functions and resets of events use at the start of the solve, and parameters of modules among them.
+    """Tensors that f, the maps of jumps and what events call use at the start of the solve, and parameters of modules among
+    them.
 
     A tensor that was computed before the solve (w = 2 p) is taken as it is where that is possible: one whose graph leads to
     no other captured tensor, and that the evaluation showed by name. Else the leaves behind it are taken instead.

@@ -152,9 +152,9 @@ class Discrete(Sweep):
                 self.reached = self.reached | (trajectory.t_last == plan.clock.end)
         return trajectory, self.tape.pack()
 
-    def backward(self, tensors, saved, values, last, needed, events) -> list[Tensor | None]:
+    def backward(self, tensors, saved, values, last, needed) -> list[Tensor | None]:
         points = self.tape.unpack(saved[:-2])
-        replay = (_JointReplay if self.plan.layout.joint else _RowReplay)(self, tensors, needed, values, events)
+        replay = (_JointReplay if self.plan.layout.joint else _RowReplay)(self, tensors, needed, values)
         replay.start(last)
         _Schedule(replay, points, self.tape.limit).run(len(self.tape.records))
         self.stats.backward = replay.stats
@@ -263,16 +263,9 @@ class _Cut:
 class _Replay:
     """Carries the cotangents of y, of the method's state and of the node from each step to the one before."""
 
-    def __init__(
-        self,
-        sweep: Discrete,
-        tensors: Sequence[Tensor],
-        needed: Sequence[bool],
-        values: Tensor | None,
-        events: Sequence[Tensor | None],
-    ) -> None:
+    def __init__(self, sweep: Discrete, tensors: Sequence[Tensor], needed: Sequence[bool], values: Tensor | None) -> None:
         self.sweep, self.layout = sweep, sweep.plan.layout
-        self.events = _Cotangents(events, sweep.tape.records)
+        self.events = _Cotangents(sweep.of_events, sweep.tape.records)
         self.values: Any = values
         self.records, self.orders = sweep.tape.records, sweep.tape.orders
         inputs = sweep.inputs

@@ -71,6 +71,8 @@ class Sweep(ABC):
     def __init__(self, plan: Plan, inputs: Inputs, stats: Any) -> None:
         self.plan, self.inputs, self.stats = plan, inputs, stats
         self.result: Trajectory | None = None
+        # Cotangents of the parts of the chunk of events, where there were any.
+        self.of_events: Sequence[Tensor | None] = ()
 
     @abstractmethod
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Trajectory, list[Tensor]]:
@@ -84,10 +86,8 @@ class Sweep(ABC):
         values: Tensor | None,
         last: Tensor | None,
         needed: Sequence[bool],
-        events: Sequence[Tensor | None],
     ) -> list[Tensor | None]:
-        """Cotangents of ``tensors`` from those of the trajectory's ``values`` and ``y_last`` and, where there were events,
-        of the parts of their chunk."""
+        """Cotangents of ``tensors`` from those of the trajectory's ``values`` and ``y_last``, and from ``of_events``."""
 
     def attached(self, plan: Plan, trajectory: Trajectory) -> Trajectory:
         """The trajectory of the node, with gradients that do not come from the node."""
@@ -155,7 +155,9 @@ class _Whole(torch.autograd.Function):
         again = torch.is_grad_enabled()
         # f runs as it ran in the forward pass; casts cached there must not be met here, they carry no gradient.
         with torch.no_grad(), torch.autocast(tensors[0].device.type, dtype, enabled, cache_enabled=False):
-            found = ctx.job.backward(tensors, saved, values, last, needed, events)
+            ctx.job.of_events = events
+            found = ctx.job.backward(tensors, saved, values, last, needed)
+            ctx.job.of_events = ()
         if again:
             cause = [x for x in (*tensors, values, last, *events) if x is not None and x.requires_grad]
             present = [g for g in found if g is not None]
