@@ -407,7 +407,7 @@ class Lookout:
         """Signs of functions that start from 0, as far as rounding can tell: that of their derivative."""
         self.departed[:] = False
         for k, table in enumerate(tables):
-            small = np.abs(table[0]) <= 1e-3 * np.abs(table[1:]).max(0)
+            small = (np.abs(table[0]) <= 1e-3 * np.abs(table[1:]).max(0)) | (self.residual[k] > 0)
             small &= self.fresh[k] & step.accept
             if self.boolean[k] or not small.any():
                 continue
@@ -516,6 +516,10 @@ class Lookout:
         moved = new != old
         keep = ~fired & ~moved & ~np.isnan(self.sign)
         self.sign = np.where(who & ~keep, np.sign(new), self.sign)
+        # One that has just turned may, by rounding of t, still be seen before it has.
+        turned = np.array([event.direction or 1 for event in self.events])[:, None]
+        still = own & ~moved & np.array(self.boolean)[:, None]
+        self.sign = np.where(who & still, turned, self.sign)
         # What g still was at its own event is rounding; more of it may be left after the reset.
         self.residual = np.where(who & own, np.abs(old), np.where(who, 0.0, self.residual))
         self.fresh = np.where(who, fired | moved, self.fresh)
@@ -546,11 +550,11 @@ class _Step:
         events, field, values, states = lookout.events, lookout.field, [], {}
         for k, event in enumerate(events):
             if event.samples not in states:
-                theta = torch.from_numpy(lookout.nodes[k][1:-1])
-                theta = theta if layout.joint else theta.to(layout.device).unsqueeze(1).expand(-1, layout.batch)
-                states[event.samples] = (theta, self.interpolate(theta) if event.samples else ())
+                inner = lookout.nodes[k][1:-1]
+                theta = torch.from_numpy(inner).to(layout.device)
+                theta = theta if layout.joint else theta.unsqueeze(1).expand(-1, layout.batch)
+                states[event.samples] = (inner.tolist(), self.interpolate(theta) if event.samples else ())
             for place, y in zip(*states[event.samples], strict=True):
-                place = float(place) if layout.joint else place
                 values.append(evaluate(events, k, field, self.start + place * (self.end - self.start), y))
             values.append(evaluate(events, k, field, self.end, y1))
         if layout.joint:

@@ -148,7 +148,7 @@ class Times(NamedTuple):
         t = self.t
         last = t[..., -1]
         if t.dim() == 2:
-            last = t.gather(1, ((~torch.isnan(t.detach())).sum(1) - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
+            last = t.gather(1, ((t.detach() == t.detach()).sum(1) - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
         span = last - t[..., 0]
         if self.fixed == "grid":
             return torch.copysign(torch.full_like(span.detach(), torch.inf), span.detach())

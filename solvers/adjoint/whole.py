@@ -113,10 +113,6 @@ def solve_whole(
     inputs = Inputs(plan, y0, captured)
     if not any(x.requires_grad for x in inputs.tensors):
         return _counted(drive(plan, y0), captured.work)
-    if plan.events:
-        raise UnsupportedError(
-            f"adjoint={sweep.name!r} does not differentiate events: use adjoint='backprop', or solve under no_grad"
-        )
     if plan.dense:
         raise UnsupportedError(
             f"adjoint={sweep.name!r} does not differentiate dense output: use adjoint='backprop', or solve under no_grad"
