@@ -423,7 +423,14 @@ def test_calls_of_f_are_counted(method, batch_dim):
     how |= dict(method=method, batch_dim=batch_dim, args=(0.8,), events=[BALL], max_events=5)
     solution = solve(f, y0, [0, INF], **how)
     assert solution.stats.nfe == len(calls)
-    assert int(torch.as_tensor(solution.stats.nfe_per_sample).max()) == len(calls)
+    if batch_dim is None:
+        assert solution.stats.nfe_per_sample == len(calls)
+        return
+    # The call that starts a sample again after its own event is no other sample's. Without FSAL, where another sample starts
+    # again, what is known of f may be shared: by no more than a call an event.
+    shared = 0 if method == "dopri5" else 5
+    for i, count in enumerate(solution.stats.nfe_per_sample.tolist()):
+        assert 0 <= solve(f, y0[i : i + 1], [0, INF], **how).stats.nfe - count <= shared
 
 
 def test_looking_for_an_event_takes_no_calls_of_f():
@@ -707,10 +714,12 @@ def distance(found: list[Tensor], reference: list[Tensor]) -> float:
     return max(float((x - r).norm() / r.norm()) for x, r in zip(found, reference, strict=True))
 
 
-REPLAYED = [
-    ("dopri5", {}), ("bosh3", {}), ("rk4", dict(dt=0.05)), ("abm", {}), ("implicit_adams", dict(dt=0.05)),
-    ("explicit_adams", dict(num_steps=80)), ("prox_euler", dict(dt=0.05)), ("rk4", dict(controller="fixed")),
+QUICK = [("dopri5", {}), ("rk4", dict(dt=0.05))]
+LONG = [
+    ("bosh3", {}), ("abm", {}), ("implicit_adams", dict(dt=0.05)), ("prox_euler", dict(dt=0.05)),
+    ("explicit_adams", dict(num_steps=80)), ("rk4", dict(controller="fixed")),
 ]  # fmt: skip
+REPLAYED = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in LONG)]
 
 
 @pytest.mark.parametrize("kind", ["terminal", "reset", "notes", "both"])
