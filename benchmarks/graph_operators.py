@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -138,18 +139,16 @@ def sparse_spmm(graph: Graph, weights: Tensor, x: Tensor) -> Tensor:
     return torch.sparse_csr_tensor(pointers, neighbours, weights, shape, check_invariants=False) @ x
 
 
+@cache
+def pyg_layer() -> Any:
+    """PyG's sum of weighted messages, built once: it generates code of its own then."""
+    from torch_geometric.nn import SimpleConv
+
+    return SimpleConv(aggr="add")
+
+
 def pyg_spmm(graph: Graph, weights: Tensor, x: Tensor) -> Tensor:
-    from torch_geometric.nn import MessagePassing
-
-    class Weighted(MessagePassing):
-        def message(self, x_j: Tensor, edge_weight: Tensor) -> Tensor:
-            return x_j * edge_weight.unsqueeze(-1)
-
-    layer = _KEPT.setdefault("pyg", Weighted(aggr="add"))
-    return layer.propagate(graph.edge_index, x=x, edge_weight=weights)
-
-
-_KEPT: dict[str, Any] = {}
+    return pyg_layer()(x, graph.edge_index, weights)
 
 
 def two_at_nodes(graph: Graph, width: int) -> list[Tensor]:

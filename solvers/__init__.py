@@ -3,7 +3,7 @@
 from . import nn
 from .adjoint import ADJOINTS, Adjoint
 from .api import solve
-from .compat import odeint, odeint_adjoint, odeint_dense
+from .compat import odeint, odeint_adjoint, odeint_dense, odeint_event
 from .compat.private import install_as_torchdiffeq
 from .control import CONTROLLERS, Controller, Jump
 from .events import Event, Fired
@@ -57,5 +57,6 @@ __all__ = [
     "odeint",
     "odeint_adjoint",
     "odeint_dense",
+    "odeint_event",
     "solve",
 ]

@@ -338,6 +338,62 @@ def test_the_backward_norm_can_be_replaced_on_the_graph():
     assert called[0] == [(), (3, 2), (3, 2), (2, 2), (2,), (2, 2), (2,)]
 
 
+# -- events -----------------------------------------------------------------------------------------------------------
+
+
+def falling(t, y):
+    speed = y[1]
+    return speed, torch.full_like(speed, -9.81)
+
+
+@pytest.mark.parametrize("interface", ["odeint", "odeint_adjoint"])
+@pytest.mark.parametrize("method, options", [("dopri5", {}), ("bosh3", {}), ("rk4", {"step_size": 0.01})])
+def test_an_event_has_the_time_and_gradients_of_the_closed_form(interface, method, options):
+    start = y0(1).mul(10).requires_grad_()
+    ground = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    t0 = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    extra = {"adjoint_params": (ground,)} if interface == "odeint_adjoint" else {}
+    time, (height, speed) = torchdiffeq.odeint_event(
+        falling, (start, torch.zeros(1, dtype=torch.float64)), t0, event_fn=lambda t, y: y[0] - ground, method=method,
+        options=options, odeint_interface=getattr(torchdiffeq, interface), **extra,
+    )
+    fall = math.sqrt(2 * 8 / 9.81)
+    assert float(time.detach()) == pytest.approx(1 + fall, rel=1e-6)
+    assert height.shape == (2, 1) and height[0] == start and float(height[1].detach()) == pytest.approx(2, rel=1e-9)
+    found = torch.autograd.grad(time, (start, ground, t0), retain_graph=True)
+    assert [float(x) for x in found] == pytest.approx([1 / (9.81 * fall), -1 / (9.81 * fall), 1.0], rel=1e-5)
+    (slope,) = torch.autograd.grad(speed[-1], start)
+    assert float(slope) == pytest.approx(-1 / fall, rel=1e-5)
+
+
+def test_events_backwards_of_several_elements_and_in_second_order():
+    state = y0(3, requires_grad=True)
+    levels = torch.tensor([3.0, 2.0, 4.0], dtype=torch.float64)
+    time, _ = torchdiffeq.odeint_event(decay, state, T[0], event_fn=lambda t, y: y - levels, reverse_time=True)
+    assert time.dtype == T.dtype and float(time.detach()) == pytest.approx(-math.log(2), rel=1e-6)
+    (first,) = torch.autograd.grad(time, state, create_graph=True)
+    assert torch.allclose(first.detach(), torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64), atol=1e-6)
+    (second,) = torch.autograd.grad(first[1], state)
+    assert float(second[1]) == pytest.approx(-1.0, rel=1e-4)
+    many = torch.linspace(2, 5, 20, dtype=torch.float64)
+    time, _ = torchdiffeq.odeint(decay, y0(20), T.flip(0), event_fn=lambda t, y: y - many)
+    assert float(time) == pytest.approx(1 - math.log(2), rel=1e-6)
+
+
+def test_what_is_zero_at_the_start_fires_when_it_comes_back():
+    up = torch.tensor([5.0], dtype=torch.float64)
+    time, _ = torchdiffeq.odeint_event(falling, (0 * up, up), T[0], event_fn=lambda t, y: y[0])
+    assert float(time) == pytest.approx(10 / 9.81, rel=1e-6)
+    time, _ = torchdiffeq.odeint_event(falling, (0 * up, up), T[0], event_fn=lambda t, y: y[1] < 0)
+    assert float(time) == pytest.approx(5 / 9.81, rel=1e-5)
+
+
+def test_an_event_that_never_comes_is_given_up_with_fixed_steps():
+    with pytest.raises(RuntimeError) as caught:
+        torchdiffeq.odeint_event(decay, y0(1), T[0], event_fn=lambda t, y: y + 1, method="euler", options={"step_size": 0.1})
+    assert caught.value.solution.stats.nfe >= 20_000
+
+
 # -- strict -----------------------------------------------------------------------------------------------------------
 
 
@@ -431,6 +487,13 @@ BAD = {
         "odeint_adjoint(f, y, T, adjoint_params=(), adjoint_method='euler', options={'first_step': 0.1})",
         ValueError, "If `adjoint_method != method`",
     ),
+    "event times": (
+        "odeint(f, y, torch.linspace(0, 1, 3), event_fn=lambda t, y: y.sum() - 1)", ValueError, "We require len(t) == 2",
+    ),
+    "event steps": (
+        "odeint(f, y, T, event_fn=lambda t, y: y.sum() - 1, method='euler')", AssertionError, "requires `step_size`",
+    ),
+    "event type": ("odeint(f, y, T, event_fn=3)", TypeError, "event_fn must be callable"),
     "max_order": ("odeint(f, y, T, method='explicit_adams', options={'max_order': 13})", AssertionError, "at most 12"),
     "first_step": ("odeint(f, y, T, options={'first_step': -0.1})", ValueError, "first_step must be positive"),
     "options": ("odeint(f, y, T, options=3)", TypeError, "options must be a dict"),

@@ -337,11 +337,58 @@ def N_checks_survive_python_O(td):
     assert done.returncode == 0, done.stderr
 
 
+@row
+def B_second_derivative_of_an_event_time(td):
+    y0 = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros((), dtype=torch.float64)
+    time, _ = td.odeint_event(lambda t, y: y, y0, zero, event_fn=lambda t, y: y - 3.0, rtol=1e-9, atol=1e-11)
+    (first,) = torch.autograd.grad(time, y0, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), y0)
+    assert float(second) == pytest.approx(1.0, rel=1e-4)
+
+
+@row
+def J_an_event_that_is_zero_at_the_start(td):
+    def f(t, y):
+        return torch.stack([y[1], -9.81 + 0 * y[1]])
+
+    zero = torch.zeros((), dtype=torch.float64)
+    time, _ = td.odeint_event(f, torch.tensor([0.0, 5.0], dtype=torch.float64), zero, event_fn=lambda t, y: y[0])
+    assert float(time) == pytest.approx(10 / 9.81, rel=1e-5)
+
+
+@row
+def K_boolean_event_functions(td):
+    zero = torch.zeros((), dtype=torch.float64)
+    y0 = torch.ones(1, dtype=torch.float64)
+    time, _ = td.odeint_event(lambda t, y: -y, y0, zero, event_fn=lambda t, y: (y < 0.5).all())
+    assert float(time) == pytest.approx(math.log(2), rel=1e-5)
+
+
+@row
+def L_tuples_of_tolerances_with_events(td):
+    y0 = torch.ones(1, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    zero = torch.zeros((), dtype=torch.float64)
+    time, _ = td.odeint_event(
+        lambda t, y: (-y[0], y[1]), y0, zero, event_fn=lambda t, y: y[0] - 0.5, rtol=(1e-7, 1e-6), atol=(1e-9, 1e-8)
+    )
+    assert float(time) == pytest.approx(math.log(2), rel=1e-5)
+
+
+@row
+def M_gradients_of_the_event_functions_tensors(td):
+    level = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros((), dtype=torch.float64)
+    y0 = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    time, _ = td.odeint_event(lambda t, y: -y, y0, zero, event_fn=lambda t, y: y - level)
+    (slope,) = torch.autograd.grad(time, level, allow_unused=True)
+    assert slope is not None and float(slope) == pytest.approx(-2.0, rel=1e-5)
+
+
 # -- the rows, here and there -----------------------------------------------------------------------------------------
 
 WAITING = {
     "a": "gl4", "o": "implicit_euler", "4.2": "radauIIA5",
-    **dict.fromkeys(("B", "J", "K", "L", "M"), "odeint_event"),
 }
 """Rows without a test: their method or function did not exist here when the others were written."""
 

@@ -3,5 +3,6 @@
 from .adjoint import odeint_adjoint
 from .dense import odeint_dense
 from .odeint import odeint
+from .odeint_event import odeint_event
 
-__all__ = ["odeint", "odeint_adjoint", "odeint_dense"]
+__all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event"]

@@ -27,6 +27,7 @@ from ..loop import Plan, Trajectory, drive
 from ..norms import ErrorNorm, rms
 from ..status import ArgumentError, ArgumentTypeError
 from . import classes
+from .event import check_event_times, refuse_events, solve_event
 from .odeint import Problem
 from .options import SCIPY, Choice, callbacks, choose, on_grid
 from .wrappers import perturbed
@@ -58,20 +59,24 @@ def odeint_adjoint(
             "seminorm" leaves the parameters out.
         adjoint_params: tensors to differentiate for, beside y0 and t; None: the parameters of ``func``, a module. What func
             captures otherwise is found, and differentiated for too, unless this is given.
-        others: as in :func:`~solvers.odeint`.
+        others: as in :func:`~solvers.odeint`. With ``event_fn`` the gradient is always that of the steps taken.
 
     Raises as ``odeint``, and ``ArgumentError`` where the parameters, or the options of the backward ODE, are missing.
     """
     problem = Problem.checked(func, y0, t, rtol, atol)
     if event_fn is not None:
-        raise ArgumentError("event_fn is not supported yet")
+        check_event_times(problem.t)
     solver = classes.own(method)
     if solver is not None:
+        refuse_events(event_fn, method)
         _parameters(func, adjoint_params, False)
         return classes.run(solver, func, y0, problem.t, rtol, atol, method, options)
     choice = choose(method, options, func, y0, problem.t)
     request = Request(adjoint_method, adjoint_options, adjoint_rtol, adjoint_atol)
     backward = _backward(problem, choice, request, adjoint_params)
+    if event_fn is not None:
+        backward = dataclasses.replace(backward, exact=True, final=True)
+        return solve_event(problem, choice, event_fn, backward, batch_dim=batch_dim, args=args)
     solution = problem.run(choice, backward, batch_dim, args)
     return _labelled(solution.y, backward.label)
 
@@ -222,7 +227,7 @@ class TwoWays(Adjoint):
 
     exact: the first, unless the norm in ``label`` is another one than ``norm`` when the backward pass comes. backward: the
     method and options of the backward ODE. named: whether the parameters are all that is differentiated for. asked: whether
-    the norm is the caller's.
+    the norm is the caller's. final: exact whatever becomes of the norm: an event ends the solve.
     """
 
     exact: bool
@@ -233,6 +238,7 @@ class TwoWays(Adjoint):
     atol: float | None
     named: bool
     asked: bool
+    final: bool = False
 
     @property
     def more(self) -> tuple[Tensor, ...]:
@@ -338,7 +344,8 @@ class _Either(Sweep):
     def backward(self, tensors, saved, values, last, needed) -> list[Tensor | None]:
         adjoint = self.adjoint
         replaced = adjoint.label.adjoint_options["norm"] is not adjoint.norm
-        if self.discrete is not None and not replaced:
+        if self.discrete is not None and (adjoint.final or not replaced):
+            self.discrete.of_events = self.of_events
             found = self.discrete.backward(tensors, saved, values, last, needed)
         else:
             continuous = Continuous(self.plan, self.inputs, self.stats, options=adjoint.options())

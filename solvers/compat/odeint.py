@@ -14,9 +14,10 @@ from ..adjoint import ADJOINTS, Adjoint
 from ..api import solve
 from ..loop import Plan, Trajectory
 from ..solution import Solution
-from ..status import ArgumentError, SolveError
+from ..status import SolveError
 from . import classes, scipy_solver
 from .errors import CheckError, CheckTypeError, failure
+from .event import check_event_times, refuse_events, solve_event
 from .options import SCIPY, Choice, callbacks, choose
 
 
@@ -51,11 +52,14 @@ def odeint(
     """
     problem = Problem.checked(func, y0, t, rtol, atol)
     if event_fn is not None:
-        raise ArgumentError("event_fn is not supported yet")
+        check_event_times(problem.t)
     solver = classes.own(method)
     if solver is not None:
+        refuse_events(event_fn, method)
         return classes.run(solver, func, y0, problem.t, rtol, atol, method, options)
     choice = choose(method, options, func, y0, problem.t, strict)
+    if event_fn is not None:
+        return solve_event(problem, choice, event_fn, ADJOINTS["backprop"], batch_dim=batch_dim, args=args)
     return problem.run(choice, ADJOINTS["backprop"], batch_dim, args).y
 
 
@@ -100,8 +104,8 @@ class Problem:
         try:
             solution = solve(
                 self.func, self.y0, self.t, method=choice.method, rtol=self.rtol, atol=self.atol, adjoint=adapted,
-                batch_dim=batch_dim, args=args, throw=choice.adaptive or choice.method.implicit,
-                **({"max_steps": choice.max_steps} | keywords),
+                batch_dim=batch_dim, args=args,
+                **({"max_steps": choice.max_steps, "throw": choice.adaptive or choice.method.implicit} | keywords),
             )
         except SolveError as error:
             raise failure(error, choice.max_steps) from None
