@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from graphops import Graph
+from graphops.data import read_npz
 
 from .registry import BenchmarkError
 
@@ -39,9 +40,7 @@ def citation(name: str) -> Graph:
     path = Path(folder) / name / f"{name}_planetoid.npz"
     if not path.is_file():
         raise BenchmarkError(f"{path} is not there; {DATA} must name the folder that holds it")
-    with np.load(path, allow_pickle=False) as arrays:
-        edges, nodes = arrays["edge_index"].astype(np.int64), int(arrays["x_shape"][0])
-    return tidy(Graph(torch.from_numpy(edges), nodes).largest_component()[0])
+    return tidy(read_npz(path).graph.largest_component()[0])
 
 
 def tidy(graph: Graph) -> Graph:

@@ -5,6 +5,7 @@ from .errors import (
     ArgumentError,
     ArgumentTypeError,
     GraphopsError,
+    MissingDataError,
     MissingPackageError,
     UnknownNameError,
     UnsupportedError,
@@ -36,4 +37,5 @@ __all__ = [
     "UnknownNameError",
     "UnsupportedError",
     "MissingPackageError",
+    "MissingDataError",
 ]

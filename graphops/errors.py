@@ -30,6 +30,10 @@ class MissingPackageError(GraphopsError, ImportError):
     """An optional package is asked for and not installed."""
 
 
+class MissingDataError(GraphopsError, FileNotFoundError):
+    """A file of data is not where it was looked for; the message says where to get it."""
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownNameError:
     """The error for an unknown ``name``, suggesting the nearest of ``known``."""
     names = sorted(known)

@@ -36,7 +36,7 @@ GRAPH_FLOORS: tuple[tuple[str, ...], ...] = (
     ("pattern",),
     ("backends",),
     ("autograd",),
-    ("convert", "generate"),
+    ("convert", "generate", "pickles"),
     ("graph",),
     ("segment",),
     ("calculus", "attention", "rewire", "message", "data", "scatter_api"),
