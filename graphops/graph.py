@@ -121,6 +121,23 @@ class Graph:
         order = self.incoming.order
         return torch.arange(self.num_edges, device=self.device) if order is None else order
 
+    @cached_property
+    def is_symmetric(self) -> bool:
+        """Whether the edges from i to j weigh together what those from j to i do, up to rounding; read once."""
+        count = self._square("is_symmetric")
+        weight = torch.ones(self.num_edges, device=self.device) if self.weight is None else self.weight.detach()
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        ways = torch.cat([self.source * count + self.target, self.target * count + self.source])
+        pairs, place = torch.unique(ways, return_inverse=True)
+        size = weight.new_zeros(pairs.shape).index_add(0, place, weight.abs().repeat(2))
+        difference = weight.new_zeros(pairs.shape).index_add(0, place, torch.cat([weight, -weight]))
+        return bool((difference.abs() <= 100 * torch.finfo(weight.dtype).eps * size).all())
+
+    @cached_property
+    def is_nonnegative(self) -> bool:
+        """Whether no weight is below 0 (nor NaN); read once."""
+        return self.weight is None or bool((self.weight.detach() >= 0).all())
+
     @property
     def batch_index(self) -> Tensor:
         """The graph of a batch that each node belongs to, ``(n,)`` int64, as `solve(batch_index=)` takes it."""
@@ -178,13 +195,19 @@ class Graph:
 
     @cached_property
     def _sorted(self) -> Graph:
-        weight = None if self.weight is None else self.weight[self.perm]
         edges = self.edge_index[:, self.perm]
-        return self._unchecked(edge_index=edges, weight=weight, pattern=self.pattern.stored_pattern)
+        return self._unchecked(edge_index=edges, weight=None, pattern=self.pattern.stored_pattern)
 
-    def sort(self) -> Graph:
-        """The graph with its edges sorted by target; its edge p is edge ``perm[p]`` of this one. Itself if it is sorted."""
-        return self if self.is_sorted else self._sorted
+    def sort(self, weighted: bool = True) -> Graph:
+        """The graph with its edges sorted by target; its edge p is edge ``perm[p]`` of this one. Itself if it is sorted.
+
+        The topology is kept, the weights are taken anew at each call, so that they may learn; ``weighted=False`` leaves them.
+        """
+        if self.is_sorted:
+            return self
+        if self.weight is None or not weighted:
+            return self._sorted
+        return self._sorted.with_weight(self.weight[self.perm])
 
     # --- other edges -------------------------------------------------------------------------------------------------
 

@@ -254,7 +254,8 @@ def attend(graph: Graph, q: Tensor, k: Tensor, v: Tensor, scale: float | None = 
     check_values(v, graph.num_sources, graph.device, "v", "sources")
     if v.dim() != q.dim() or v.shape[1:-1] != q.shape[1:-1]:
         raise ArgumentError(f"v must have the heads of q, (n, H, D) or (n, D), not {tuple(v.shape)} against {tuple(q.shape)}")
-    graph = graph if torch.compiler.is_compiling() else graph.sort()  # no value at an edge leaves, so its order is free
+    if not torch.compiler.is_compiling():
+        graph = graph.sort(weighted=False)  # no value at an edge leaves, so its order is free
     (wide_q, wide_k, wide_v), dtype = _same_dtype(q, k, v)
     scores = sddmm(graph, wide_q * (q.shape[-1] ** -0.5 if scale is None else scale), wide_k)
     return spmm(graph, softmax(graph, scores), wide_v).to(dtype)

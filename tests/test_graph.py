@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import scipy.sparse
@@ -111,6 +113,32 @@ def test_other_weights_share_the_topology():
     go.spmm(other, other.weight, torch.ones(7, 1)).sum().backward()
     assert other.weight.grad.tolist() == [1.0] * E
     assert graph.weight.dtype == DOUBLE
+
+
+def test_sorting_follows_weights_that_learn():
+    """Sorted weights that were kept would be differentiated twice, and outlive the optimiser's change."""
+    graph = awkward(DOUBLE).with_weight(torch.ones(E, dtype=DOUBLE, requires_grad=True))
+    for value in (1.0, 2.0):
+        with torch.no_grad():
+            graph.weight.fill_(value)
+        tidy = graph.sort()
+        go.spmm(tidy, tidy.weight, torch.ones(7, 1)).sum().backward()
+        assert tidy.weight.tolist() == [value] * E
+    assert graph.weight.grad.tolist() == [2.0] * E
+    assert graph.sort().pattern is tidy.pattern and graph.sort(weighted=False).weight is None
+
+
+def test_symmetry_is_of_the_matrix_to_rounding():
+    there = torch.tensor([[0, 1, 1, 2, 2], [1, 0, 2, 1, 2]])
+    pairs = torch.tensor([0.1, 0.3, 0.7, 0.7, 5.0], dtype=DOUBLE)
+    assert go.Graph(there).is_symmetric and not go.Graph(there[:, :3]).is_symmetric
+    assert not go.Graph(there, weight=pairs).is_symmetric
+    # 0.1 + 0.2 from 0 to 1 in two edges, 0.3 back.
+    split = go.Graph(torch.cat([there, there[:, :1]], 1), weight=torch.cat([pairs, torch.tensor([0.2], dtype=DOUBLE)]))
+    assert split.is_symmetric
+    assert not split.with_weight(torch.full((6,), math.nan)).is_symmetric
+    assert go.Graph.grid((3, 4)).is_symmetric and awkward().to_undirected().is_symmetric
+    assert split.is_nonnegative and not split.with_weight(-split.weight).is_nonnegative
 
 
 def test_reverse_turns_edges_and_keeps_their_order():

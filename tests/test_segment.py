@@ -91,6 +91,12 @@ class TestBackend:
         torch.testing.assert_close(go.sddmm(graph, q, k), scores)
         torch.testing.assert_close(go.sddmm(graph, q[:, 1], k[:, 1]), scores[:, 1])
 
+    def test_scores_of_more_edges_than_there_are_pairs_of_nodes(self, kernels):
+        graph = go.Graph(torch.tensor([[0, 1, 1, 0, 1, 1, 1], [1, 0, 1, 1, 1, 1, 0]])).to(self.where(kernels))
+        for heads in ((), (1,), (2,)):
+            q, k = (torch.randn(2, *heads, 3, dtype=DOUBLE, device=graph.device) for _ in range(2))
+            torch.testing.assert_close(go.sddmm(graph, q, k), (q[graph.target] * k[graph.source]).sum(-1))
+
     def test_attention_is_the_dense_one(self, kernels, graph):
         graph = graph.to(self.where(kernels)).coalesce()  # a matrix holds one entry a pair
         q, k, v = (torch.randn(N, 2, 4, dtype=DOUBLE, device=graph.device) for _ in range(3))

@@ -67,6 +67,9 @@ class Native(Backend):
         heads = q.shape[1] if q.dim() == 3 else 1
         if pattern.rows.count == 0 or q.numel() == 0:
             return q.new_zeros(pattern.rows.count, *q.shape[1:-1])
+        if pattern.rows.count > heads * pattern.rows.size * pattern.columns.size:
+            # `sampled_addmm` refuses a pattern with more entries than its matrix has places, as parallel edges can have.
+            return (q.index_select(0, pattern.rows.index) * k.index_select(0, pattern.columns.index)).sum(-1)
         left, right = (x.contiguous() if x.dim() == 2 else heads_first(x) for x in (constant(q), constant(k)))
         scores = torch.sparse.sampled_addmm(pattern.zeros(heads, q.dtype), left, right.t(), beta=0.0).values()
         if q.dim() == 3:
