@@ -1,5 +1,6 @@
 """Graph operators on PyTorch: segment reductions and sparse products, twice differentiable, without a compiled wheel."""
 
+from .attention import Attention
 from .backends import backend
 from .errors import (
     ArgumentError,
@@ -30,6 +31,7 @@ __all__ = [
     "spmm",
     "sddmm",
     "attend",
+    "Attention",
     "backend",
     "GraphopsError",
     "ArgumentError",

@@ -15,7 +15,7 @@ from torch import Tensor
 from .backends import asked_for, chosen
 from .pattern import Pattern, Segments
 
-__all__ = ["exclusive_product", "first_extremum", "gather", "logsumexp", "product", "sddmm", "softmax", "spmm", "total"]
+__all__ = ["exclusive_product", "first_extremum", "gather", "hidden", "logsumexp", "product", "sddmm", "softmax", "spmm", "total"]
 
 Dims = tuple[int | None, ...]
 
@@ -83,6 +83,13 @@ def sddmm(pattern: Pattern, q: Tensor, k: Tensor, using: str | None = None) -> T
     if kernels.traceable:
         return kernels.sddmm(pattern, q, k)
     return _record(_SDDMM, q, k, rest=(pattern, using or asked_for()))
+
+
+def hidden(*tensors: Tensor | None) -> bool:
+    """Whether values cannot be read now: `torch.compile` is tracing, or a transform of `torch.func` holds one of them."""
+    if torch.compiler.is_compiling():
+        return True
+    return _IS_WRAPPED is not None and any(_IS_WRAPPED(x) for x in tensors if x is not None)
 
 
 def _under_transform(operands: tuple[Tensor | None, ...]) -> bool:
