@@ -1,5 +1,6 @@
 """Graph operators on PyTorch: segment reductions and sparse products, twice differentiable, without a compiled wheel."""
 
+from . import data, rewire
 from .attention import Attention
 from .backends import backend
 from .errors import (
@@ -33,6 +34,8 @@ __all__ = [
     "attend",
     "Attention",
     "backend",
+    "data",
+    "rewire",
     "GraphopsError",
     "ArgumentError",
     "ArgumentTypeError",
