@@ -3,6 +3,20 @@
 from . import data, rewire
 from .attention import Attention
 from .backends import backend
+from .calculus import (
+    Dirichlet,
+    Energy,
+    GraphOperator,
+    PeronaMalik,
+    PLaplacian,
+    TotalVariation,
+    dirichlet_energy,
+    divergence,
+    gradient,
+    gradient_adjoint,
+    laplacian,
+    laplacian_operator,
+)
 from .errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -33,6 +47,18 @@ __all__ = [
     "sddmm",
     "attend",
     "Attention",
+    "gradient",
+    "divergence",
+    "gradient_adjoint",
+    "laplacian",
+    "laplacian_operator",
+    "GraphOperator",
+    "dirichlet_energy",
+    "Energy",
+    "Dirichlet",
+    "PLaplacian",
+    "TotalVariation",
+    "PeronaMalik",
     "backend",
     "data",
     "rewire",

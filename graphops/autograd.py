@@ -15,7 +15,20 @@ from torch import Tensor
 from .backends import asked_for, chosen
 from .pattern import Pattern, Segments
 
-__all__ = ["exclusive_product", "first_extremum", "gather", "hidden", "logsumexp", "product", "sddmm", "softmax", "spmm", "total"]
+__all__ = [
+    "difference",
+    "exclusive_product",
+    "first_extremum",
+    "gather",
+    "hidden",
+    "logsumexp",
+    "product",
+    "sddmm",
+    "softmax",
+    "spmm",
+    "total",
+    "weighted_total",
+]
 
 Dims = tuple[int | None, ...]
 
@@ -83,6 +96,21 @@ def sddmm(pattern: Pattern, q: Tensor, k: Tensor, using: str | None = None) -> T
     if kernels.traceable:
         return kernels.sddmm(pattern, q, k)
     return _record(_SDDMM, q, k, rest=(pattern, using or asked_for()))
+
+
+def weighted_total(segments: Segments, weights: Tensor, values: Tensor, using: str | None = None) -> Tensor:
+    """Sum of w_e X_e over each segment, ``(E,), (E, F) -> (size, F)``, without w X, whose memory costs more than the sum."""
+    kernels = chosen("spmm", using, weights, values)
+    if kernels.traceable:
+        return kernels.sum(segments, weights.unsqueeze(-1) * values)
+    return spmm(segments.membership, weights, values, using)
+
+
+def difference(pattern: Pattern, x: Tensor, using: str | None = None) -> Tensor:
+    """x at the column less x at the row of each entry, ``(n, F) -> (E, F)``, in one product that forms nothing else."""
+    if chosen("spmm", using, x).traceable:
+        return x.index_select(0, pattern.columns.index) - x.index_select(0, pattern.rows.index)
+    return spmm(pattern.incidence, pattern.signs(x.dtype), x, using)
 
 
 def hidden(*tensors: Tensor | None) -> bool:

@@ -119,6 +119,11 @@ class Segments:
         order = torch.arange(self.count, device=self.device) if self.order is None else self.order
         return narrow(order, self.count), narrow(self.pointers, self.count)
 
+    @cached_property
+    def membership(self) -> Pattern:
+        """The pattern with a row a segment and a column an element, and an entry where one belongs to the other."""
+        return Pattern(self, Segments(torch.arange(self.count, device=self.device), self.count))
+
     def stored(self, values: Tensor) -> Tensor:
         """``values`` ``(E, ...)`` brought into stored order."""
         return values if self.order is None else values.index_select(0, self.order)
@@ -131,6 +136,8 @@ class Segments:
         """The same on another device, with all that is worked out so far."""
         moved = Segments(self.index.to(device), self.size)
         for name, value in self.__dict__.items():
+            if name == "membership":  # made anew there, of the segments there
+                continue
             if isinstance(value, tuple):
                 value = tuple(part.to(device) for part in value)
             moved.__dict__[name] = value.to(device) if isinstance(value, Tensor) else value
@@ -149,6 +156,7 @@ class Pattern:
         self.columns = columns
         self._blocks: dict[int, tuple[Tensor, Tensor]] = {}
         self._zeros: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._signs: dict[torch.dtype, Tensor] = {}
 
     @cached_property
     def transposed(self) -> Pattern:
@@ -192,6 +200,19 @@ class Pattern:
             return self
         rows = Segments.from_pointers(self.rows.pointers)
         return Pattern(rows, Segments(self.rows.stored(self.columns.index), self.columns.size))
+
+    @cached_property
+    def incidence(self) -> Pattern:
+        """The pattern with a row an entry here, and in it the entry's column and its row (of one set of nodes)."""
+        ends = torch.stack([self.columns.index, self.rows.index], 1).reshape(-1)
+        owner = torch.arange(self.rows.count, device=ends.device).repeat_interleave(2)
+        return Pattern(Segments(owner, self.rows.count), Segments(ends, self.columns.size))
+
+    def signs(self, dtype: torch.dtype) -> Tensor:
+        """1 and -1 in turn, the values that make ``incidence`` a difference, ``(2 E,)``."""
+        if dtype not in self._signs:
+            self._signs[dtype] = torch.tensor([1, -1], dtype=dtype, device=self.rows.device).repeat(self.rows.count)
+        return self._signs[dtype]
 
     def to(self, device: torch.device | str) -> Pattern:
         """The same on another device; what depends on heads or dtype is worked out anew there."""
