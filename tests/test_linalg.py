@@ -1,0 +1,77 @@
+"""Krylov methods against dense solutions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from solvers.layout import Layout
+from solvers.linalg import gcr, gmres
+
+D = torch.float64
+
+
+class Geometry:
+    """Inner products and masks of a batch of vectors."""
+
+    def __init__(self, batch, width):
+        self.layout = Layout(torch.zeros(batch, width, dtype=D), 0)
+        self.ops = self.layout.ops
+
+    def dot(self, x, y):
+        return self.layout.sum(x * y)
+
+    def keep(self, mask, new, old):
+        return torch.where(self.layout.spread(mask), new, old)
+
+    def ratio(self, numerator, denominator):
+        return numerator / torch.where(denominator > 0, denominator, math.nan)
+
+
+def systems(batch=4, width=30):
+    """Nonsymmetric, diagonally dominant, of very different condition."""
+    torch.manual_seed(0)
+    matrix = torch.randn(batch, width, width, dtype=D) / width**0.5
+    weights = torch.logspace(0, 2, batch, dtype=D).view(-1, 1, 1)
+    return torch.eye(width, dtype=D) + weights * (torch.diag_embed(torch.rand(batch, width, dtype=D)) + 0.1 * matrix)
+
+
+@pytest.mark.parametrize("restart", [8, 40])
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_gmres_solves_each_sample(restart, preconditioned):
+    matrix = systems()
+    b = torch.randn(4, 30, dtype=D)
+    diagonal = torch.diagonal(matrix, dim1=1, dim2=2)
+    geometry = Geometry(4, 30)
+    enough = 1e-10 * geometry.dot(b, b) ** 0.5
+    x = gmres(
+        lambda v: torch.einsum("bij,bj->bi", matrix, v), b, geometry, enough, running=torch.ones(4, dtype=torch.bool),
+        restart=restart, max_iters=400, precond=(lambda v: v / diagonal) if preconditioned else None,
+    )
+    left = b - torch.einsum("bij,bj->bi", matrix, x)
+    assert (geometry.dot(left, left) ** 0.5 <= 1.01 * enough).all()
+    assert torch.allclose(x, torch.linalg.solve(matrix, b), rtol=1e-6, atol=1e-9)
+
+
+def test_gmres_ends_after_as_many_products_as_unknowns():
+    products = []
+    matrix = systems(1, 6)
+
+    def product(v):
+        products.append(v)
+        return v @ matrix[0].T
+
+    b = torch.randn(1, 6, dtype=D)
+    x = gmres(product, b, Geometry(1, 6), torch.tensor([1e-12]), running=torch.ones(1, dtype=torch.bool))
+    assert len(products) <= 6 and torch.allclose(x, torch.linalg.solve(matrix, b), rtol=1e-9)
+
+
+def test_gcr_solves_each_sample():
+    matrix = systems()
+    b = torch.randn(4, 30, dtype=D)
+    geometry = Geometry(4, 30)
+    enough = 1e-9 * geometry.dot(b, b) ** 0.5
+    x, unsolved = gcr(lambda v: torch.einsum("bij,bj->bi", matrix, v), b, geometry, enough, 500, window=30)
+    assert not unsolved.any() and torch.allclose(x, torch.linalg.solve(matrix, b), rtol=1e-5, atol=1e-8)
