@@ -122,6 +122,7 @@ def solve(
     steering = _choose_controller(controller, scheme, fixed)
     derivative = _choose("adjoint", ADJOINTS, adjoint, Adjoint)
     scheme, steering, derivative = _apply_options(scheme, steering, derivative, inner, options)
+    scheme.check(layout)
     error_norm = ErrorNorm(layout, rtol, atol, norm)
     jumps = _check_jumps(jumps, layout)
     moving = any(event.reset is not None for event in events)

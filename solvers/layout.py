@@ -8,6 +8,7 @@ both through :class:`Layout` and :class:`ScalarOps` / :class:`RowOps`.
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -263,6 +264,33 @@ class Layout:
         return torch.cat(flat, dim=-1)
 
     # -- samples ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def members(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For groups: the rows of each, ``(B, most)``; which of those entries are rows; the place of each row in its group."""
+        index: Any = self.index
+        order = torch.argsort(index, stable=True)
+        counts = torch.bincount(index, minlength=self.batch)
+        first = counts.cumsum(0) - counts
+        place = torch.empty_like(order)
+        place[order] = torch.arange(self.rows, device=self.device) - first[index[order]]
+        along = torch.arange(int(counts.amax()) if self.batch else 0, device=self.device)
+        there = along < counts.unsqueeze(1)
+        return order[(first.unsqueeze(1) + along).clamp(max=max(self.rows - 1, 0))], there, place
+
+    def gather(self, x: Tensor) -> Tensor:
+        """``(..., R, m)`` per row -> ``(..., B, n)``, the numbers of each sample side by side, 0 beyond the end of a group."""
+        if self.index is None:
+            return x
+        rows, there, _ = self.members
+        return (x[..., rows, :] * there.unsqueeze(-1)).flatten(-2)
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """Inverse of :meth:`gather`."""
+        if self.index is None:
+            return x
+        rows, _, place = self.members
+        return x.unflatten(-1, (rows.shape[1], -1))[..., self.index, place, :]
 
     def per_row(self, v: Tensor) -> Tensor:
         """``(..., B)`` per sample -> ``(..., R)`` per row."""

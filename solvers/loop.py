@@ -199,6 +199,7 @@ class _Run(ABC):
         self.moving: Any = True
         self.attempts = 0
         self.nfe = 0
+        self.algebra: dict[str, Any] = {}
         self.pieces: list[Piece] = []
         self.readable = not transforms_active()
         self.grad = torch.is_grad_enabled()
@@ -248,6 +249,7 @@ class _Run(ABC):
             step, end = h, t1
             out = plan.method.step(self.field, self.t, h, self.y, self.state, self.active)
         self.nfe += out.work
+        self._count(out.algebra)
         if self.grad:
             with torch.no_grad():
                 ratio, decision = self.judge(out)
@@ -255,6 +257,12 @@ class _Run(ABC):
             ratio, decision = self.judge(out)
         error = ratio[1] if isinstance(ratio, tuple) else ratio
         self.settle(out, decision, error, t1, h, hit, step, end)
+
+    def _count(self, algebra: Any) -> None:
+        if algebra is not None:
+            for name, number in (("njac", algebra.njac), ("nlu", algebra.nlu), ("nvjp", algebra.nvjp)):
+                self.algebra[name] = self.algebra.get(name, 0) + number
+            self.algebra["jacobian"] = algebra.how or self.algebra.get("jacobian", "")
 
     def judge(self, out: Any) -> tuple[Any, Any]:
         """Error of the step and what the controller makes of it."""
@@ -451,6 +459,7 @@ class _JointRun(_Run):
             "rejected": self.rejected,
             "inner_iterations": self.inner,
             "forced": self.forced,
+            **self.algebra,
         }
         return Trajectory(t, values, self.status, self.t, self.y, self.dt, counts, self.pieces, log(self.happened))
 
@@ -611,6 +620,7 @@ class _RowRun(_Run):
         lo = self.lo if self.clock.differentiable else self.t
         out = plan.method.step(self.field, lo, still, self.y, self.state, self.active)
         self.nfe += out.work
+        self._count(out.algebra)
         return out, still
 
     def _keep(self, out, decision, accept, t1, h, hit, step, end, flags, pending, jumping, events) -> None:
@@ -727,6 +737,7 @@ class _RowRun(_Run):
             "rejected": self.ended - self.accepted,
             "inner_iterations": self.inner,
             "forced": self.forced,
+            **self.algebra,
         }
         dt = torch.where(self.active, self.dt, self.dt_last)
         return Trajectory(t, values, self.status, self.t, self.y, dt, counts, self.pieces, log(self.happened))

@@ -18,7 +18,9 @@ class Stats:
 
     nfe: calls of f, for whatever purpose. nfe_per_sample: those made while the sample was still moving. njvp, nvjp: exact
     Jacobian products. accepted, rejected: attempted steps. inner_iterations: of implicit steps. forced: steps accepted at
-    ``dt_min`` against the error estimate. backward: the same for the backward pass, once one has run.
+    ``dt_min`` against the error estimate. njac, nlu: Jacobians and factorisations made by Newton iterations, and in
+    jacobian how: "jac", "autograd", "differences", "coloured differences" or "matrix-free". backward: the same for the
+    backward pass, once one has run.
     """
 
     nfe: int = 0
@@ -29,6 +31,9 @@ class Stats:
     rejected: Any = 0
     inner_iterations: Any = 0
     forced: Any = 0
+    njac: int = 0
+    nlu: int = 0
+    jacobian: str = ""
     backward: Stats | None = None
 
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from solvers import ArgumentError, UnsupportedError, solve
+from solvers import METHODS, ArgumentError, UnsupportedError, solve
 from solvers.adjoint import ADJOINTS
 from solvers.adjoint.discrete import Tape
 from solvers.control import Jump
+from solvers.methods.implicit import ImplicitRungeKutta
 from solvers.status import SolveError
 
 D = torch.float64
@@ -114,6 +115,22 @@ def test_high_orders_adaptive(method: str) -> None:
 @pytest.mark.parametrize("extra", [{}, {"checkpoints": 2}], ids=["all", "two"])
 def test_implicit_steps(mode: str, extra: dict[str, Any]) -> None:
     agrees(mode, 1e-9, extra, method="prox_euler", num_steps=12)
+
+
+IMPLICIT = [name for name in METHODS if isinstance(METHODS[name], ImplicitRungeKutta)]
+
+
+@pytest.mark.parametrize("mode", ["joint", "batch"])
+@pytest.mark.parametrize("method", IMPLICIT)
+def test_implicit_runge_kutta_steps(method: str, mode: str) -> None:
+    """The Jacobian, kept over several steps, is found again from the checkpoint before them."""
+    agrees(mode, 1e-9, {"checkpoints": 2}, method=method, num_steps=20)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("method", ["trbdf2", "radauIIA5"])
+def test_adaptive_implicit_runge_kutta_steps(method: str, mode: str) -> None:
+    agrees(mode, 1e-6 if mode == "index" else 1e-9, method=method, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -431,8 +431,31 @@ class _Replay:
         f0 = field(field.time(t), y)
         return self.plan.method.init(field, t, record.h, y, f0), 1
 
+    def _begin(self) -> None:
+        """Take the cotangents of the method's first state, which may know f at the start, back to there."""
+        if all(cotangent is None for cotangent in self.state):
+            return
+        record = self.records[0]
+        with torch.enable_grad():
+            y = self.inputs[0].detach().requires_grad_()
+            lo = self._node(record).requires_grad_() if self.graph else record.t
+            state, work = self.restarted(record, lo, y)
+        self.stats.nfe, self.stats.nvjp = self.stats.nfe + work, self.stats.nvjp + work
+        pairs = [(x, c) for x, c in zip(_tensors(state), self.state, strict=True) if c is not None and x.requires_grad]
+        if not pairs:
+            return
+        roots, given = zip(*pairs)
+        sources = [y, *self.constants, *([lo] if self.graph else [])]
+        found = torch.autograd.grad(roots, sources, given, allow_unused=True, retain_graph=self.sweep.inputs.captured.through)
+        self.y = _added(self.y, found[0])
+        for x, cotangent in zip(self.constants, found[1:]):
+            self.sums.add(x, cotangent)
+        if self.graph:
+            self.node = _added(self.node, found[-1])
+
     def finish(self) -> list[Tensor | None]:
         """Cotangents of all inputs."""
+        self._begin()
         y = self.y
         first = self.first()
         if first is not None:
@@ -440,6 +463,10 @@ class _Replay:
         if self.graph:
             self.cut.finish(self.sums, self.node, self.inputs[1:])
         return [y, *(self.sums.get(x) if x.requires_grad else None for x in self.inputs[1:])]
+
+
+def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 def _interpolant(plan: Plan, out: Any) -> Any:

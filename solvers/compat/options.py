@@ -18,7 +18,7 @@ from ..registry import options_of
 from ..status import ArgumentError, ArgumentTypeError
 from . import strict as exact
 from .errors import CheckError, CheckTypeError, MethodNameError
-from .wrappers import Corrected, Watch, Watched, WatchedController, linear, perturbed
+from .wrappers import Corrected, FromStart, Watch, Watched, WatchedController, linear, perturbed
 
 CLASS_NAMES = {
     "dopri8": "Dopri8Solver",
@@ -50,6 +50,8 @@ CLASS_NAMES = {
 
 ADAPTIVE = ("dopri8", "dopri5", "tsit5", "bosh3", "fehlberg2", "adaptive_heun")
 ADAMS = ("explicit_adams", "implicit_adams", "fixed_adams")
+OPEN = ("implicit_midpoint", "gl4", "gl6")
+"""Methods without a node at the ends of a step; callers of torchdiffeq see func evaluated at every time of the grid."""
 SCIPY = "scipy_solver"
 
 ADAPTIVE_OPTIONS = (
@@ -207,6 +209,8 @@ def _fixed(name: str, method: Method, options: dict[str, Any], func: Any, y0: An
         raise ArgumentError(f"Unknown interpolation method {interp}: interp must be 'linear' or 'cubic'")
     if interp == "linear":
         method = linear(method)
+    if name in OPEN:
+        method = FromStart(method)
     changes = (perturbed,) if options.get("perturb", False) else ()
     keywords: dict[str, Any] = {"controller": "fixed"}
     if size is not None and len(t) > 1:

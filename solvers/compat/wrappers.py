@@ -93,6 +93,18 @@ class Wrapped(Method):
         return self.wrapped.ratio(norm, y0, out)
 
 
+@dataclass(frozen=True)
+class FromStart(Wrapped):
+    """An implicit method that asks for f at the start of every step, as torchdiffeq's do, to begin its iterations from."""
+
+    def step(self, field: Any, t0: Any, dt: Any, y0: Tensor, state: Any, active: Any) -> StepOut:
+        with torch.no_grad():
+            start = t0.detach() if isinstance(t0, Tensor) else t0
+            slope = field(field.time(start), y0.detach())
+        out = self.wrapped.step(field, t0, dt, y0, state._replace(slope=slope), active)
+        return out._replace(work=out.work + 1)
+
+
 class InsideField(Field):
     """f is met strictly inside each step: just after its start, just before its end (torchdiffeq's ``perturb``)."""
 

@@ -18,7 +18,8 @@ class StepOut(NamedTuple):
     for the orders (k-1, k, k+1) of a method of variable order, whatever else the method's own ``ratio`` takes, or None.
     dense: whatever ``interpolate`` needs. state: the method's state if the step is accepted. work: calls of f made.
     status: None if all went well, else a :class:`~solvers.status.Status` (joint) or ``(B,)`` int8 tensor of them that is
-    ``SUCCESS`` (0) where it went well; a failing code rejects the step. inner: inner iterations, int or ``(B,)``.
+    ``SUCCESS`` (0) where it went well; a failing code rejects the step. inner: inner iterations, int or ``(B,)``. algebra:
+    the :class:`~solvers.optim.Algebra` that it took, or None.
     """
 
     y1: Tensor
@@ -28,6 +29,7 @@ class StepOut(NamedTuple):
     work: int
     status: Any = None
     inner: Any = 0
+    algebra: Any = None
 
 
 class Method(ABC):
@@ -70,6 +72,10 @@ class Method(ABC):
         """
         if inner != "auto":
             raise ArgumentError(f"method {self.name!r} has no inner solver: leave inner={inner!r} away")
+        return None
+
+    def check(self, layout: Any) -> None:
+        """Raise ``UnsupportedError`` / ``ArgumentError`` for a state that the method can't take; calls no f."""
         return None
 
     @abstractmethod

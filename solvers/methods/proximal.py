@@ -96,22 +96,25 @@ class ProxEuler(Method):
             raise ArgumentTypeError(f"inner must be a name or an InnerOptimizer, found {type(inner).__name__}")
         return self.inner if inner == "auto" else INNER_OPTIMIZERS[inner]
 
+    def check(self, layout: Any) -> None:
+        self.inner.chosen(layout)
+
     def init(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor | None) -> ProxState:
         y0 = y0.detach()
         layout = field.layout
         none = 0.0 if layout.joint else torch.zeros(layout.batch, dtype=torch.float64, device=layout.device)
         slope = torch.zeros_like(y0) if f0 is None else f0.detach()
-        return ProxState(slope, torch.zeros_like(y0), none, self.inner.remember(layout, y0))
+        return ProxState(slope, torch.zeros_like(y0), none, self.inner.chosen(layout).remember(layout, y0))
 
     def step(self, field: Any, t0: Any, dt: Any, y0: Tensor, state: ProxState, active: Any) -> StepOut:
-        size, grad = _number(dt), torch.is_grad_enabled()
+        size, grad, inner = _number(dt), torch.is_grad_enabled(), self.inner.chosen(field.layout)
         with torch.no_grad():
             start = y0.detach()
             (t1,) = field.times(_number(t0), size, (1.0,))
             problem = ProximalProblem(field, t1, start, size, field.norm, field.norm.scale(y0))
             found = minimise(
                 problem,
-                self.inner,
+                inner,
                 self._predict(problem, state, grad),
                 tol=self.inner_tol,
                 max_iters=self.max_iters,
@@ -122,8 +125,9 @@ class ProxEuler(Method):
         y1, calls = found.z, problem.calls
         depends = problem.depends or any(isinstance(x, Tensor) and x.requires_grad for x in (y0, t0, dt))
         if grad and depends and any_true(found.converged):
-            y1, calls = self._record(field, t0, dt, y0, problem, found), calls + 2
-        return StepOut(y1, error, ProxDense(field.layout, dt, y0, y1), after, calls, _status(problem, found), found.iterations)
+            y1, calls = self._record(field, t0, dt, y0, problem, found, inner), calls + 2
+        dense, status = ProxDense(field.layout, dt, y0, y1), _status(problem, found)
+        return StepOut(y1, error, dense, after, calls, status, found.iterations, problem.algebra)
 
     def _predict(self, problem: ProximalProblem, state: ProxState, grad: bool) -> Point:
         """Extrapolation of the past, or the start where that has the smaller residual."""
@@ -140,7 +144,9 @@ class ProxEuler(Method):
             return point
         return problem.evaluate(problem.keep(good, z, y0))
 
-    def _record(self, field: Any, t0: Any, dt: Any, y0: Tensor, problem: ProximalProblem, found: InnerResult) -> Tensor:
+    def _record(
+        self, field: Any, t0: Any, dt: Any, y0: Tensor, problem: ProximalProblem, found: InnerResult, inner: InnerOptimizer
+    ) -> Tensor:
         """The solution as a function of everything the step depends on; samples without one stay constants."""
         wide = field.layout.spread(dt)
 
@@ -150,7 +156,8 @@ class ProxEuler(Method):
 
         # f and its derivative need not exist at an iterate that failed.
         z = problem.keep(found.converged, found.z, problem.a)
-        return problem.keep(found.converged, attach(residual, z, problem, self.backward_tol), found.z)
+        solved = attach(residual, z, problem, self.backward_tol, inner.direct(problem, z))
+        return problem.keep(found.converged, solved, found.z)
 
     def interpolate(self, dense: ProxDense, theta: Tensor, derivative: int = 0) -> Tensor:
         layout, change = dense.layout, dense.y1 - dense.y0

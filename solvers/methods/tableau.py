@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from math import isfinite
 from operator import mul
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = ["Extension", "RootedTree", "Tableau", "TableauError", "rooted_trees", "stage_weights"]
 
@@ -143,9 +143,9 @@ class Tableau:
         _check_extension_shapes(self)
         _check_nodes(self)
         weights = stage_weights(self.all_a, CHECKED_ORDER)
-        _check_solution(self, weights)
-        _check_errors(self, weights)
-        _check_extension(self, weights)
+        check_solution(self, weights)
+        check_errors(self, weights)
+        check_extension(self, weights)
 
     def __hash__(self) -> int:
         # Tableaux are keys of caches in the step: the name tells them apart faster than some hundred coefficients.
@@ -264,12 +264,12 @@ def _check_nodes(tableau: Tableau) -> None:
     if not all(isfinite(value) for row in rows for value in row):
         raise TableauError(tableau.name, "has a coefficient that is not finite")
     for i, (node, row) in enumerate(zip(tableau.all_c, tableau.all_a)):
-        _require(tableau.name, f"row sum of stage {i}", row, [1.0] * len(row), node)
+        require(tableau.name, f"row sum of stage {i}", row, [1.0] * len(row), node)
         if not 0 <= node <= 1:
             raise TableauError(tableau.name, f"node of stage {i} must lie in [0, 1], got {node}")
 
 
-def _require(name: str, condition: str, row: Row, phi: Row, target: float) -> None:
+def require(name: str, condition: str, row: Row, phi: Row, target: float) -> None:
     """Raise unless sum_i row_i phi_i = target up to rounding."""
     residual = _dot(row, phi) - target
     # Rounding grows with the terms of the sum, which for high orders are much larger than the sum itself.
@@ -277,17 +277,18 @@ def _require(name: str, condition: str, row: Row, phi: Row, target: float) -> No
         raise TableauError(name, condition, residual)
 
 
-def _checked(order: int) -> tuple[RootedTree, ...]:
-    return rooted_trees(min(order, CHECKED_ORDER))
+def _checked(order: int, weights: dict[RootedTree, list[float]]) -> tuple[RootedTree, ...]:
+    """Trees through ``order``, as far as their weights are known."""
+    return tuple(tree for tree in rooted_trees(order) if tree in weights)
 
 
-def _check_solution(tableau: Tableau, weights: dict[RootedTree, list[float]]) -> None:
-    for tree in _checked(tableau.order):
+def check_solution(tableau: Any, weights: dict[RootedTree, list[float]]) -> None:
+    for tree in _checked(tableau.order, weights):
         condition = f"order condition {tree} (order {tree.order}) of the solution"
-        _require(tableau.name, condition, tableau.b, weights[tree], 1 / tree.density)
+        require(tableau.name, condition, tableau.b, weights[tree], 1 / tree.density)
 
 
-def _check_errors(tableau: Tableau, weights: dict[RootedTree, list[float]]) -> None:
+def check_errors(tableau: Any, weights: dict[RootedTree, list[float]]) -> None:
     """An error row kills every tree through the order of its embedded solution, and not all of the next order.
 
     For b satisfies the same conditions, this says that b_hat = b - row does; the last part, that the estimate isn't of
@@ -297,24 +298,24 @@ def _check_errors(tableau: Tableau, weights: dict[RootedTree, list[float]]) -> N
         return
     orders = HAIRER_ERROR_ORDERS if len(tableau.b_error) == 2 else (min(tableau.embedded_order, tableau.order),)
     for r, (row, order) in enumerate(zip(tableau.b_error, orders)):
-        for tree in _checked(order):
-            _require(tableau.name, f"order condition {tree} of error row {r}", row, weights[tree], 0.0)
-        following = [tree for tree in _checked(order + 1) if tree.order == order + 1]
+        for tree in _checked(order, weights):
+            require(tableau.name, f"order condition {tree} of error row {r}", row, weights[tree], 0.0)
+        following = [tree for tree in _checked(order + 1, weights) if tree.order == order + 1]
         if following and all(abs(_dot(row, weights[tree])) <= TOLERANCE for tree in following):
             raise TableauError(tableau.name, f"error row {r} is of a higher order than {order + 1}")
 
 
-def _check_extension(tableau: Tableau, weights: dict[RootedTree, list[float]]) -> None:
+def check_extension(tableau: Any, weights: dict[RootedTree, list[float]]) -> None:
     """sum_i b_i(theta) Phi_i(t) = theta^|t| / gamma(t) as polynomials in theta, and b_i(1) = b_i."""
     name, extension = tableau.name, tableau.extension
     powers = list(zip(*extension.P))
-    for tree in _checked(extension.order):
+    for tree in _checked(extension.order, weights):
         if tree.order > len(powers):
             raise TableauError(name, f"extension of degree {len(powers)} can't be of order {extension.order}")
         for power, column in enumerate(powers, 1):
             target = 1 / tree.density if power == tree.order else 0.0
             condition = f"order condition {tree} of the extension, coefficient of theta^{power}"
-            _require(name, condition, column, weights[tree], target)
+            require(name, condition, column, weights[tree], target)
     end = [*tableau.b, *[0.0] * len(extension.a_extra)]
     for i, (row, weight) in enumerate(zip(extension.P, end)):
-        _require(name, f"extension at theta = 1, weight of stage {i}", row, [1.0] * len(row), weight)
+        require(name, f"extension at theta = 1, weight of stage {i}", row, [1.0] * len(row), weight)

@@ -1,14 +1,16 @@
 """Inner solvers of implicit steps, registered by name in :data:`INNER_OPTIMIZERS`."""
 
-from . import conjugate
+from . import conjugate, newton, newton_krylov  # (registration)
 from .base import (
     INNER_OPTIMIZERS,
+    Algebra,
     InnerOptimizer,
     InnerProblem,
     InnerResult,
     InnerStep,
     Point,
     ProximalProblem,
+    StageProblem,
     all_true,
     any_true,
     minimise,
@@ -17,12 +19,14 @@ from .implicit import attach
 
 __all__ = [
     "INNER_OPTIMIZERS",
+    "Algebra",
     "InnerOptimizer",
     "InnerProblem",
     "InnerResult",
     "InnerStep",
     "Point",
     "ProximalProblem",
+    "StageProblem",
     "all_true",
     "any_true",
     "attach",

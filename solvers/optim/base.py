@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,20 @@ class Point(NamedTuple):
     f: Any = None
 
 
+class Algebra:
+    """Linear algebra that was done: Jacobians, factorisations, exact products with J^T, and how Jacobians were found."""
+
+    __slots__ = ("how", "njac", "nlu", "nvjp")
+
+    def __init__(self) -> None:
+        self.njac = self.nlu = self.nvjp = 0
+        self.how = ""
+
+    def add(self, other: Algebra) -> None:
+        self.njac, self.nlu, self.nvjp = self.njac + other.njac, self.nlu + other.nlu, self.nvjp + other.nvjp
+        self.how = other.how or self.how
+
+
 class InnerProblem(ABC):
     """Find z with r(z) = 0; z is a flat state, ``(N,)`` in joint mode and ``(B, M)`` in the batched modes.
 
@@ -43,8 +58,12 @@ class InnerProblem(ABC):
 
     Attributes:
         calls: calls of f made so far.
+        algebra: what else was done.
+        tol: the bound that an iteration is to reach, in the error norm.
         ops: the algebra of per-sample numbers.
     """
+
+    tol: float = 1.0
 
     def __init__(self, layout: Any, norm: Any, scale: Tensor) -> None:
         self.layout = layout
@@ -52,6 +71,7 @@ class InnerProblem(ABC):
         self.error_norm = norm
         self.scale = scale
         self.calls = 0
+        self.algebra = Algebra()
         self._size: Any = None
 
     @abstractmethod
@@ -131,41 +151,113 @@ class InnerProblem(ABC):
         return torch.where((h > 0) & torch.isfinite(power), power, 1.0)
 
 
-class ProximalProblem(InnerProblem):
-    """The scaled residual of an implicit stage, r(z) = z - a - g f(t, z), with curvature in [1, 1 + g rho].
-
-    For f = -grad F it is the gradient of |z - a|**2 / 2 + g F(z): z is the proximal point of a (Xia 2023, section 5.1).
+class StageProblem(InnerProblem):
+    """Implicit stages solved together: R_i = Z_i - a_i - g sum_j A_ij f(t_j, Z_j), the Z_i side by side in z.
 
     Args:
-        field: f on the flat state. t: time of the stage, as f wants it. a: flat state. g: signed, float or ``(B,)``.
-        norm, scale: an error norm and its scale (units of y).
-        energy: F(t, z) of the user's state, one number per sample, or None.
+        field: f on the flat state. times: of the stages, as f wants them. a: like z, the a_i side by side.
+        g: signed, float or ``(B,)``. norm, scale: an error norm and its scale (units of y). matrix: A, square.
+        origin: (t, y) where a Jacobian for all stages is taken, t float or ``(B,)``; None: the start of the iteration.
 
     Attributes:
         depends: whether an evaluation under ``enable_grad`` has shown f to depend on something that requires a gradient.
     """
 
     def __init__(
-        self, field: Any, t: Tensor, a: Tensor, g: Any, norm: Any, scale: Tensor, energy: Callable | None = None
+        self,
+        field: Any,
+        times: tuple[Tensor, ...],
+        a: Tensor,
+        g: Any,
+        norm: Any,
+        scale: Tensor,
+        matrix: tuple[tuple[float, ...], ...] = ((1.0,),),
+        origin: tuple[Any, Tensor] | None = None,
     ) -> None:
         super().__init__(field.layout, norm, scale)
-        self.field, self.t, self.a, self.g, self.energy = field, t, a, g, energy
+        self.field, self.times, self.a, self.g = field, times, a, g
+        self.matrix, self.origin = matrix, origin
         self.wide = field.layout.spread(g)
         self.depends = False
+        self.coupled = len(times) > 1
+        if self.coupled:
+            self.scales = torch.cat([scale] * len(times), -1)
 
     def evaluate(self, z: Tensor) -> Point:
-        self.calls += 1
-        f = self.field(self.t, z)
+        f = self.slopes(z)
         if f.requires_grad:
             self.depends, f = True, f.detach()
-        return Point(z, z - self.a - self.wide * f, f)
+        return Point(z, z - self.a - self.wide * self.mixed(f), f)
+
+    def residual(self, z: Tensor) -> Tensor:
+        return z - self.a - self.wide * self.mixed(self.slopes(z))
+
+    def slopes(self, z: Tensor) -> Tensor:
+        """f of every stage, side by side."""
+        self.calls += len(self.times)
+        if not self.coupled:
+            return self.field(self.times[0], z)
+        return torch.cat([self.field(t, x) for t, x in zip(self.times, self.split(z), strict=True)], -1)
+
+    def split(self, z: Tensor) -> tuple[Tensor, ...]:
+        """The stages, each a flat state."""
+        if not self.coupled:
+            return (z,)
+        return z.tensor_split(len(self.times), -1)
+
+    def mixed(self, f: Tensor) -> Tensor:
+        """sum_j A_ij f_j, side by side."""
+        if not self.coupled:
+            weight = self.matrix[0][0]
+            return f if weight == 1.0 else weight * f
+        whole, columns = _tensors(self.matrix, self.layout.dtype, f.device)
+        if self.layout.joint:
+            return torch.mm(whole, f.view(len(whole), -1)).view(-1)
+        # Not as a matrix product, whose rounding depends on the batch.
+        parts = f.unflatten(-1, (len(whole), -1)).unsqueeze(-3).unbind(-2)
+        total = columns[0] * parts[0]
+        for column, part in zip(columns[1:], parts[1:], strict=True):
+            total = total + column * part
+        return total.flatten(-2)
 
     def jv(self, point: Point, v: Tensor) -> Tensor:
-        """v - g J v: only f is differenced, so that the identity keeps all its digits."""
+        """v - g A (J v): only f is differenced, so that the identity keeps all its digits; one call of f a stage."""
         step = self.layout.spread(self.difference_step(point, v))
-        self.calls += 1
-        change = self.field(self.t, point.z + step * v) - point.f
-        return v - change * (self.wide / step)
+        change = self.slopes(point.z + step * v) - point.f
+        return v - self.mixed(change) * (self.wide / step)
+
+    def norm(self, x: Tensor) -> Any:
+        """Error norm; the root mean square of the stages'."""
+        if not self.coupled:
+            return super().norm(x)
+        layout, count = self.layout, len(self.times)
+        if layout.single and layout.index is None and self.error_norm.custom is None:
+            return layout.norm(x / self.scales) * count**-0.5
+        squares = [self.error_norm(part, self.scale) ** 2 for part in self.split(x)]
+        return (sum(squares[1:], squares[0]) / count) ** 0.5
+
+
+@lru_cache(maxsize=64)
+def _tensors(matrix: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Any]:
+    """A, and its columns ``(s, 1)``."""
+    whole = torch.tensor(matrix, dtype=dtype, device=device)
+    return whole, whole.unsqueeze(-1).unbind(1)
+
+
+class ProximalProblem(StageProblem):
+    """The scaled residual of an implicit stage, r(z) = z - a - g f(t, z), with curvature in [1, 1 + g rho].
+
+    For f = -grad F it is the gradient of |z - a|**2 / 2 + g F(z): z is the proximal point of a (Xia 2023, section 5.1).
+
+    Args: as of :class:`StageProblem`, for one stage at time ``t``.
+        energy: F(t, z) of the user's state, one number per sample, or None.
+    """
+
+    def __init__(
+        self, field: Any, t: Tensor, a: Tensor, g: Any, norm: Any, scale: Tensor, energy: Callable | None = None
+    ) -> None:
+        super().__init__(field, (t,), a, g, norm, scale)
+        self.t, self.energy = t, energy
 
     def value(self, z: Tensor) -> Any:
         """|z - a|**2 / 2 + g F(t, z)."""
@@ -179,13 +271,16 @@ class InnerStep(NamedTuple):
     """One iteration: the iterate, its residual, the optimiser's state.
 
     ``point`` is set where the residual was evaluated, None where it was carried along by a recurrence. A sample that could
-    not make its step has a residual that is not finite.
+    not make its step has a residual that is not finite. error: where the optimiser bounds the error that is left in z
+    better than |r| does, that bound, in the error norm (then r may be that of the iterate before); infinite: the step
+    failed, and ``resume`` may do better; NaN: it failed, and nothing helps.
     """
 
     z: Tensor
     r: Tensor
     state: Any
     point: Point | None = None
+    error: Any = None
 
 
 class InnerOptimizer(ABC):
@@ -203,6 +298,13 @@ class InnerOptimizer(ABC):
 
     refresh: int = 50
     """Iterations after which a residual carried by a recurrence is evaluated again."""
+    rests: ClassVar[bool] = True
+    """Whether a start is left alone whose residual is rounding. A correction that costs nothing more is better: what is left
+    out at every step adds up, in single precision to hundreds of roundings."""
+
+    def chosen(self, layout: Any) -> InnerOptimizer:
+        """What serves a state of this layout: itself, or another. Raises ``UnsupportedError`` / ``ArgumentError``."""
+        return self
 
     def remember(self, layout: Any, y0: Tensor) -> Any:
         """The memory of a solve that begins."""
@@ -223,6 +325,10 @@ class InnerOptimizer(ABC):
     @abstractmethod
     def step(self, problem: InnerProblem, z: Tensor, r: Tensor, state: Any, running: Any) -> InnerStep:
         """The next iterate after ``z``, whose residual is ``r``."""
+
+    def direct(self, problem: InnerProblem, z: Tensor) -> Callable[[Tensor, bool], Tensor] | None:
+        """(b, transposed) -> x with M x = b or M^T x = b, nearly, M the derivative of the residual at ``z``; None: unknown."""
+        return None
 
     @abstractmethod
     def resume(self, problem: InnerProblem, point: Point, state: Any, again: Any) -> Any:
@@ -262,9 +368,10 @@ def minimise(
     Args:
         tol: in units of the tolerance. max_iters: per sample. active: True or the ``(B,)`` mask of samples to be solved.
     """
+    problem.tol = tol
     run = _Run(problem, start, tol, active)
     state = optimizer.init(problem, start, run.running, memory)
-    run.begin(optimizer.curvature(state))
+    run.begin(optimizer.curvature(state), optimizer.rests)
     while any_true(run.running):
         out = optimizer.step(problem, run.z, run.r, state, run.running)
         run.judge(out, optimizer.curvature(out.state), max_iters)
@@ -303,18 +410,20 @@ class _Run:
         """The tolerance, or what rounding allows: 4 eps L |z| (a residual multiplies errors of z by up to L)."""
         return self.problem.ops.maximum(self.rounding * self.curvature, self.tol)
 
-    def begin(self, curvature: Any) -> None:
-        """Leave alone what rests within rounding."""
+    def begin(self, curvature: Any, rests: bool) -> None:
+        """Where that is the optimiser's way, leave alone what rests within rounding."""
         self.curvature = curvature
+        if not rests:
+            return
         resting = self.running & (self.norm <= self.rounding * curvature)
         self.done = self.done | resting
         self.running = self.running & self.problem.ops.invert(resting)
 
     def judge(self, out: InnerStep, curvature: Any, max_iters: int) -> None:
         """Take the iterates that are any good; see who claims to be done."""
-        problem, ops = self.problem, self.problem.ops
-        norm = problem.norm(out.r)
-        moved = self.running & ops.isfinite(norm) & (norm <= GROWTH * self.best)
+        problem, ops, own = self.problem, self.problem.ops, out.error is not None
+        norm = out.error if own else problem.norm(out.r)
+        moved = self.running & ops.isfinite(norm) & (own | (norm <= GROWTH * self.best))
         self.z, self.r = problem.keep(moved, out.z, self.z), problem.keep(moved, out.r, self.r)
         self.norm = ops.where(moved, norm, self.norm)
         self.curvature = ops.where(self.running, curvature, self.curvature)
@@ -322,14 +431,17 @@ class _Run:
         broken = self.running & ops.invert(moved)
         claim = moved & (norm <= self.limit())
         # From a residual that met the tolerance the recurrence has moved by less than the tolerance: no need to look again.
-        sure = claim if out.point is not None else claim & (self.base <= self.limit())
+        sure = claim if own or out.point is not None else claim & (self.base <= self.limit())
         self.done = self.done | sure
         self.waiting = self.waiting | (claim & ops.invert(sure))
-        if self.age > 0:
+        if own:
+            self.waiting = self.waiting | (broken & (norm == math.inf))
+        elif self.age > 0:
             # The recurrence may be to blame; one that fails from a fresh residual is lost.
             self.waiting = self.waiting | broken
         self.running = moved & ops.invert(claim) & (self.iterations < max_iters)
-        self.exact = out.point is not None
+        # An optimiser with a bound of its own keeps no residual by a recurrence that could have gone wrong.
+        self.exact = own or out.point is not None
         self.point = out.point or self.point
         self.age += 1
 

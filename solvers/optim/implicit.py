@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..linalg import gcr
 from ..status import InnerSolverError, UnsupportedError
-from .base import ROUNDING, InnerProblem, any_true
+from .base import ROUNDING, StageProblem, any_true
 
-WINDOW = 10
-"""Directions that the transposed solve keeps orthogonal. One is enough where M is symmetric."""
+Direct = Callable[[Tensor, bool], Tensor]
 MAX_ITERS = 2000
 
 
-def attach(residual: Callable[[Tensor], Tensor], z: Tensor, problem: InnerProblem, tol: float) -> Tensor:
+def attach(
+    residual: Callable[[Tensor], Tensor], z: Tensor, problem: StageProblem, tol: float, direct: Direct | None = None
+) -> Tensor:
     """``z``, which solves residual(z) = 0, as a function of every tensor that ``residual`` depends on. Two calls of it.
 
     The value is that of ``z``. It can be differentiated twice: with S = M^-1 held constant, z - S r(z) has the first
@@ -29,20 +31,22 @@ def attach(residual: Callable[[Tensor], Tensor], z: Tensor, problem: InnerProble
     once more, from there, has the second (each simplified Newton step gains one order).
 
     Args:
-        residual: one call of f, recorded by autograd. z: flat, detached. problem: for its geometry.
+        residual: one call of f, recorded by autograd. z: flat, detached. problem: the same one, detached, for its geometry.
         tol: of the linear solves in the backward pass, relative to the right-hand side of each sample.
+        direct: (b, transposed) -> nearly M^-1 b or M^-T b, by a factorisation: one or two products with M then do.
     """
 
     def again() -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             at = z.detach().requires_grad_()
-            return at, residual(at)
+            # Not the residual that carries gradients: a graph that goes on into all steps before would be searched.
+            return at, problem.residual(at)
 
     wanted = _Flag()
-    once = z - _Correction.apply(residual(z), _System(problem, tol, again), wanted)
+    once = z - _Correction.apply(residual(z), _System(problem, tol, again, direct), wanted)
     at = _Gate.apply(once, wanted)
     r = residual(at)
-    return at - _Correction.apply(r, _System(problem, tol, lambda: (at, r)), wanted)
+    return at - _Correction.apply(r, _System(problem, tol, lambda: (at, r), direct), wanted)
 
 
 class _Flag:
@@ -58,8 +62,10 @@ class _System:
     to, the one of the second would make a cycle with the graph it is part of.
     """
 
-    def __init__(self, problem: InnerProblem, tol: float, record: Callable[[], tuple[Tensor, Tensor]]) -> None:
-        self.problem, self.tol, self.record = problem, tol, record
+    def __init__(
+        self, problem: StageProblem, tol: float, record: Callable[[], tuple[Tensor, Tensor]], direct: Direct | None
+    ) -> None:
+        self.problem, self.tol, self.record, self.direct = problem, tol, record, direct
 
     def product(self, transposed: bool) -> Callable[[Tensor], Tensor]:
         """v -> M v or M^T v (its adjoint where z is complex)."""
@@ -75,30 +81,14 @@ class _System:
     def solve(self, b: Tensor, transposed: bool) -> Tensor:
         """x with M x = b (or M^T x = b) to ``tol`` |b| in each sample.
 
-        Generalised conjugate residuals with a window (Vinsome 1976; Eisenstat, Elman and Schultz 1983, SIAM J. Numer.
-        Anal. 20, 345-357): the residual never grows, M need not be symmetric, a symmetric M needs only short recurrences.
-
         Raises ``InnerSolverError`` when that many iterations do not get there.
         """
-        problem, spread, product = self.problem, self.problem.layout.spread, self.product(transposed)
-        x, r = torch.zeros_like(b), b
+        problem, direct = self.problem, self.direct
         enough = max(self.tol, ROUNDING * torch.finfo(b.dtype).eps) * problem.dot(b, b) ** 0.5
-        running = enough > 0
-        window: list[tuple[Tensor, Tensor]] = []
-        for _ in range(MAX_ITERS):
-            if not any_true(running):
-                return x
-            p = r
-            q = product(problem.keep(running, p, 0.0))
-            for old_p, old_q in window:
-                c = spread(problem.dot(old_q, q))
-                p, q = p - c * old_p, q - c * old_q
-            scale = spread(problem.ratio(1.0, problem.dot(q, q) ** 0.5))
-            p, q = problem.keep(running, p * scale, 0.0), problem.keep(running, q * scale, 0.0)
-            window = [*window[1 - WINDOW :], (p, q)]
-            c = spread(problem.dot(q, r))
-            x, r = x + c * p, r - c * q
-            running = running & (problem.dot(r, r) ** 0.5 > enough)
+        precond = None if direct is None else lambda r: direct(r, transposed)
+        x, unsolved = gcr(self.product(transposed), b, problem, enough, MAX_ITERS, precond=precond)
+        if not any_true(unsolved):
+            return x
         raise InnerSolverError(
             f"the linear equations of an implicit step's derivative were not solved to {self.tol:g} in {MAX_ITERS} "
             "iterations: take smaller steps, or a larger backward_tol"
