@@ -144,6 +144,16 @@ class Graph:
         counts = (self._square("batch_index"),) if self.node_counts is None else self.node_counts
         return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(self.device)
 
+    @cached_property
+    def node_groups(self) -> Segments:
+        """The nodes of each graph of a batch: ``graphops.mean(g.node_groups, x)`` is one row a graph."""
+        return Segments(self.batch_index, 1 if self.node_counts is None else len(self.node_counts))
+
+    @cached_property
+    def edge_groups(self) -> Segments:
+        """The edges of each graph of a batch."""
+        return Segments(self.batch_index[self.target], self.node_groups.size)
+
     def degree(self, direction: str = "in", weighted: bool = False) -> Tensor:
         """Edges into (``"in"``) or out of (``"out"``) each node, ``(n,)`` int64; ``weighted`` adds their weights instead."""
         if direction not in ("in", "out"):

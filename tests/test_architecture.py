@@ -39,8 +39,8 @@ GRAPH_FLOORS: tuple[tuple[str, ...], ...] = (
     ("convert", "generate", "pickles"),
     ("graph",),
     ("segment",),
-    ("calculus", "attention", "rewire", "message", "data", "scatter_api"),
-    ("fields",),
+    ("calculus", "attention", "rewire", "data", "scatter_api"),
+    ("message", "fields"),
     ("nn",),
 )
 PLANS = {"solvers": FLOORS, "graphops": GRAPH_FLOORS}
