@@ -96,7 +96,8 @@ def random_split(
     """``per_class`` training nodes of each class out of ``development`` random nodes, the rest of these to validate.
 
     All other nodes test; those without label (-1) do nothing. ``generator`` is one of the CPU. Raises ``ArgumentError`` where
-    there are not so many nodes, in all or in a class. Source: Shchur et al. 2018, section 3; "random splits" of GRAND.
+    there are not so many nodes, in all or in a class. Source: Gasteiger, Weissenberger & Guennemann 2019 (GDC), and after
+    them the random splits of GRAND.
     """
     if y.dim() != 1 or y.is_floating_point():
         raise ArgumentTypeError(f"y must be labels (n,) of an integer dtype, not {y.dtype} of shape {tuple(y.shape)}")

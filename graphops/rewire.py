@@ -81,7 +81,7 @@ def inverse_power(degree: Tensor, power: float) -> Tensor:
 
 @dataclass(frozen=True)
 class PageRank:
-    """Personalised PageRank: alpha (I - (1 - alpha) T)^-1, coefficients alpha (1 - alpha)^k (eq. 2); 0 < ``alpha`` < 1."""
+    """Personalised PageRank: alpha (I - (1 - alpha) T)^-1, coefficients alpha (1 - alpha)^k; 0 < ``alpha`` < 1."""
 
     alpha: float = 0.15
 
@@ -105,7 +105,7 @@ class PageRank:
 
 @dataclass(frozen=True)
 class Heat:
-    """The heat kernel exp(-t (I - T)), coefficients e^-t t^k / k! (eq. 3); ``t`` > 0 is the time of diffusion."""
+    """The heat kernel exp(-t (I - T)), coefficients e^-t t^k / k!; ``t`` > 0 is the time of diffusion."""
 
     t: float = 5.0
 
@@ -294,7 +294,7 @@ def part_of(matrix: csr_array, mask: np.ndarray) -> csr_array:
 def push_pagerank(walk: Any, rest: Any, degree: np.ndarray, kernel: PageRank, eps: float) -> Any:
     """Rows of the PageRank matrix: all nodes whose rest is eps times their degree or more push it on, until none is left.
 
-    What is missing is the PageRank of the rest (Andersen, Chung & Lang 2006, lemma 3).
+    What is missing is the PageRank of the rest (Andersen, Chung & Lang 2006, section 3).
     """
     pushes = []
     while (large := rest.data >= eps * degree[rest.indices]).any():
@@ -314,7 +314,7 @@ def push_series(walk: Any, term: Any, degree: np.ndarray, kernel: Kernel, eps: f
     """Rows of sum_k theta_k walk^k, dropping at each power what all later ones could not make eps of a degree.
 
     A quantity r of walk^k at node u adds r times the coefficients from k on, of which 2 N such, N the number of powers, may
-    be missing together with the powers left out (Kloster & Gleich 2014, section 4, for the heat kernel).
+    be missing together with the powers left out (Kloster & Gleich 2014, for the heat kernel).
     """
     least = degree[degree > 0].min(initial=1.0)
     theta = np.asarray(coefficients(kernel, "power", min(eps * least / 2, 0.5)))
@@ -367,8 +367,8 @@ def top_k(graph: Graph, k: int, values: Tensor | None = None) -> tuple[Graph, Te
 def threshold(graph: Graph, rho: float, values: Tensor | None = None) -> tuple[Graph, Tensor]:
     """The edges whose value is greater than ``rho``, and their numbers, ascending; ``values`` as for ``top_k``.
 
-    With attention as values this is the rewiring of GRAND-nl-rw, at the start of an epoch (Chamberlain et al. 2021,
-    section 4.3). A node may lose all its edges: loops added beforehand and kept by their values are the remedy.
+    With attention as values this is the rewiring of GRAND-nl-rw, at the start of an epoch (Chamberlain et al. 2021). A
+    node may lose all its edges: loops added beforehand and kept by their values are the remedy.
     """
     edges = (edge_values(graph, values) > rho).nonzero()[:, 0]
     return graph.edge_subgraph(edges), edges
