@@ -11,6 +11,7 @@ import scipy.sparse
 import torch
 
 from solvers import METHODS, ArgumentError, ArgumentTypeError, Status, solve
+from solvers.control.predictive import PredictiveController
 from solvers.methods.implicit import ImplicitRungeKutta
 
 D = torch.float64
@@ -167,6 +168,15 @@ def test_a_field_that_autograd_cannot_follow_is_differenced():
     sol = solve(field, y0, (0.0, 1.0), method="radauIIA5", rtol=1e-8)
     exact = (2500 * math.cos(1) + 50 * math.sin(1)) / 2501
     assert sol.stats.jacobian == "differences" and float(sol.y[-1, 0]) == pytest.approx(exact, rel=1e-6)
+
+
+def test_a_sparse_factorisation_serves_steps_of_other_sizes_nearby():
+    pattern = scipy.sparse.diags_array([1.0, 1.0, 1.0], offsets=[-1, 0, 1], shape=(HEAT_N, HEAT_N))
+    options = {"rtol": 1e-5, "atol": 1e-7, "controller": PredictiveController(dead_band=1.0)}
+    sparse = solve(heat, heat_start(), (0.0, 0.1), method="esdirk547", jac_sparsity=pattern, **options)
+    dense = solve(heat, heat_start(), (0.0, 0.1), method="esdirk547", **options)
+    assert torch.allclose(sparse.y[-1], dense.y[-1], rtol=2e-5, atol=1e-7)
+    assert sparse.stats.nlu < 0.8 * dense.stats.nlu
 
 
 def test_a_jacobian_is_kept_over_many_steps():

@@ -24,9 +24,9 @@ from .linearisation import Linearisation, Memory, factorise, forgotten, solved
 
 SLOW, DIVERGED = 0.5, 2.0
 """Ratios of successive corrections from which an iteration is given up: with an older Jacobian, and with one of this step."""
-OLD = 0.2
-"""Ratio above which the next step gets a Jacobian of its own."""
-AHEAD = 5
+OLD = {"dense": 0.2, "sparse": 0.5}
+"""Ratio above which the next step gets a Jacobian of its own: an iteration more is cheap beside a sparse factorisation."""
+AHEAD = {"dense": 5, "sparse": 12}
 """Iterations in which an iteration with an older Jacobian must be going to converge."""
 STALLED = 8.0
 """Multiple of what rounding leaves of a correction below which corrections that no longer shrink are rounding errors."""
@@ -139,7 +139,9 @@ class Newton(InnerOptimizer):
         memory.cache.current = lin
         zero = 0.0 if problem.layout.joint else torch.zeros_like(unknown, dtype=problem.layout.real_dtype)
         floor = 2 * ROUNDING * torch.finfo(point.z.dtype).eps * problem.norm(point.z)
-        return NewtonState(lin, unknown | (lin.t == t), point, zero, zero, floor, memory)
+        # Another step's factorisation is as good a reason as another step's J to begin anew where the iteration is slow.
+        fresh = unknown if lin.aged(problem.g) else unknown | (lin.t == t)
+        return NewtonState(lin, fresh, point, zero, zero, floor, memory)
 
     def step(self, problem: Any, z: Tensor, r: Tensor, state: NewtonState, running: Any) -> InnerStep:
         ops = problem.ops
@@ -151,7 +153,7 @@ class Newton(InnerOptimizer):
         left = ops.where(known, rate / ops.maximum(1.0 - rate, 1e-3), FIRST) * size
         rounding = (size <= state.floor) | ((rate > SLOW) & (size <= STALLED * state.floor))
         left = ops.where(rounding, 0.0, left)
-        slow = (rate >= SLOW) | (left * rate**AHEAD > problem.tol)
+        slow = (rate >= SLOW) | (left * rate ** AHEAD[self.kind] > problem.tol)
         hopeless = (left > problem.tol) & ops.where(state.fresh, rate >= DIVERGED, slow) | ops.invert(ops.isfinite(size))
         left = ops.where(hopeless, ops.where(state.fresh, math.nan, math.inf), left)
         state = state._replace(
@@ -170,13 +172,14 @@ class Newton(InnerOptimizer):
         cache = state.memory.cache
         new = cache.renew(problem, t, y, again, self.take)
         lin = cache.merged(problem, again, new, state.lin)
+        lin.exact = problem.g
         before = problem.ops.where(again, 0.0, state.before)
         rate = problem.ops.where(again, 0.0, state.rate)
         return state._replace(lin=lin, fresh=state.fresh | again, point=point, before=before, rate=rate)
 
     def memory(self, problem: Any, state: NewtonState) -> Memory:
         lin = state.lin
-        stamp = problem.ops.where(state.rate > OLD, 0, lin.stamp)
+        stamp = problem.ops.where(state.rate > OLD[self.kind], 0, lin.stamp)
         return Memory(lin.t, lin.y, stamp, state.memory.cache)
 
     # -- linear systems beside the iteration --------------------------------------------------------------------------
