@@ -202,7 +202,8 @@ class GCNConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor, graph: Graph) -> Tensor:
-        return reference_operator(transition(graph) if self.normalize else graph, x, self.lin.weight.t()) + self.bias
+        graph = transition(graph, dtype=x.dtype) if self.normalize else graph
+        return reference_operator(graph, x, self.lin.weight.t()) + self.bias
 
 
 class GATConv(nn.Module):

@@ -42,20 +42,23 @@ FAR = 42.0
 # --- transition matrices and kernels ---------------------------------------------------------------------------------
 
 
-def transition(graph: Graph, normalisation: str = "symmetric", self_loops: float | None = 1.0) -> Graph:
+def transition(
+    graph: Graph, normalisation: str = "symmetric", self_loops: float | None = 1.0, dtype: torch.dtype | None = None
+) -> Graph:
     """The graph weighted as a transition matrix T, ``self_loops`` added where a node has none (None: nowhere).
 
     ``"symmetric"``: D^-1/2 W D^-1/2, with which ``spmm`` is the GCN's aggregation; ``"random_walk"``: D^-1 W, whose rows, the
-    edges into each node, sum to 1. D adds up the weights (1 without) into each node; where that is 0, T is. Differentiable
-    in the weights. Raises ``UnknownNameError``; ``ArgumentError`` for negative weights.
+    edges into each node, sum to 1. D adds up the weights into each node; where that is 0, T is. A graph without weights has
+    ones of ``dtype`` (torch's default if None). Differentiable in the weights. Raises ``UnknownNameError``;
+    ``ArgumentError`` for negative weights.
     """
-    return normalised(weighted(graph, self_loops), normalisation)
+    return normalised(weighted(graph, self_loops, dtype), normalisation)
 
 
-def weighted(graph: Graph, self_loops: float | None) -> Graph:
+def weighted(graph: Graph, self_loops: float | None, dtype: torch.dtype | None = None) -> Graph:
     """The graph with weights that are not negative, and loops."""
     graph._square("transition")
-    weight = torch.ones(graph.num_edges, device=graph.device) if graph.weight is None else graph.weight
+    weight = torch.ones(graph.num_edges, dtype=dtype, device=graph.device) if graph.weight is None else graph.weight
     if not autograd.hidden(weight) and not graph.is_nonnegative:
         raise ArgumentError("transition needs weights that are not below 0: take their absolute values, or drop these edges")
     graph = graph.with_weight(weight)
@@ -279,7 +282,9 @@ def pushed_rows(matrix: Graph, degree: np.ndarray, kernel: Kernel, normalisation
     push: Callable[..., Any] = push_pagerank if isinstance(kernel, PageRank) else push_series
     for block in np.split(np.arange(len(degree)), np.arange(BLOCK, len(degree), BLOCK)):
         units = csr_array((np.ones(len(block)), (np.arange(len(block)), block)), shape=(len(block), len(degree)))
-        rows = push(walk, units, degree, kernel, eps).tocoo()
+        rows = push(walk, units, degree, kernel, eps)
+        rows.eliminate_zeros()
+        rows = rows.tocoo()
         row, column = block[rows.row], rows.col.astype(np.int64)
         value = rows.data * np.where(row == column, 1.0, scale[row] * inverse[column])
         yield torch.from_numpy(row), torch.from_numpy(column), torch.from_numpy(value)
@@ -296,7 +301,7 @@ def push_pagerank(walk: Any, rest: Any, degree: np.ndarray, kernel: PageRank, ep
 
     What is missing is the PageRank of the rest (Andersen, Chung & Lang 2006, section 3).
     """
-    pushes = []
+    pushes = [csr_array(rest.shape)]
     while (large := rest.data >= eps * degree[rest.indices]).any():
         pushes.append(part_of(rest, large))
         rest = part_of(rest, ~large) + (1 - kernel.alpha) * (pushes[-1] @ walk)
@@ -311,10 +316,11 @@ def summed(parts: list[Any], shape: tuple[int, int]) -> Any:
 
 
 def push_series(walk: Any, term: Any, degree: np.ndarray, kernel: Kernel, eps: float) -> Any:
-    """Rows of sum_k theta_k walk^k, dropping at each power what all later ones could not make eps of a degree.
+    """Rows of sum_k theta_k walk^k, without what is too small at each power.
 
-    A quantity r of walk^k at node u adds r times the coefficients from k on, of which 2 N such, N the number of powers, may
-    be missing together with the powers left out (Kloster & Gleich 2014, for the heat kernel).
+    A quantity r of walk^k at node u adds up to r times the coefficients from k on. It is dropped where that is less than
+    eps / (2 N) of the degree, so that over N powers half of eps may be missing, and the other half for the powers left out
+    (Kloster & Gleich 2014, for the heat kernel).
     """
     least = degree[degree > 0].min(initial=1.0)
     theta = np.asarray(coefficients(kernel, "power", min(eps * least / 2, 0.5)))

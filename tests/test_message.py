@@ -233,6 +233,8 @@ def test_gcn_is_the_dense_formula():
     scale = w.sum(1).rsqrt()
     expected = scale[:, None] * w * scale @ x @ layer.lin.weight.T + layer.bias
     torch.testing.assert_close(layer(x, graph), expected)
+    bare = layer(x, graph.with_weight(None))  # its weights are as exact as x
+    torch.testing.assert_close(bare, layer(x, graph.with_weight(torch.ones(E, dtype=DOUBLE))), rtol=1e-14, atol=1e-14)
     layer.normalize = False
     torch.testing.assert_close(layer(x, transition(graph)), expected)
 
@@ -268,6 +270,7 @@ def theirs_and_ours():
     return [
         (pyg.GCNConv(3, 4), GCNConv(3, 4)),
         (pyg.GCNConv(3, 4, normalize=False), GCNConv(3, 4, normalize=False)),
+        (pyg.GCNConv(3, 4), GCNConv(3, 4)),
         (pyg.GATConv(3, 4, heads=2), GATConv(3, 4, heads=2)),
         (pyg.GATConv(3, 4, heads=2, concat=False, add_self_loops=False, negative_slope=0.1),
          GATConv(3, 4, heads=2, concat=False, add_self_loops=False, negative_slope=0.1)),
@@ -279,15 +282,14 @@ def theirs_and_ours():
 
 
 @needs["torch_geometric"]
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", range(9))
 def test_layers_are_those_of_pyg(number):
     """With PyG's parameters loaded, the same numbers and the same gradients, in float64."""
     theirs, ours = (layer.double() for layer in theirs_and_ours()[number])
     ours.load_state_dict(theirs.state_dict())
-    weighted = isinstance(ours, GCNConv)
-    graph = awkward(DOUBLE if weighted else None)
+    graph = awkward(DOUBLE if number < 2 else None)
     x = torch.randn(N, 3, dtype=DOUBLE, requires_grad=True)
-    expected = theirs(x, graph.edge_index, graph.weight) if weighted else theirs(x, graph.edge_index)
+    expected = theirs(x, graph.edge_index, *(() if graph.weight is None else (graph.weight,)))
     found = ours(x, graph)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     probe = torch.randn_like(found)

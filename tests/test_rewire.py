@@ -182,6 +182,12 @@ def test_gdc_keeps_dtype_and_batches():
     assert (graph.batch_index[found.source] == graph.batch_index[found.target]).all()
     assert not gdc(graph.with_weight(torch.ones(graph.num_edges, requires_grad=True)), k=3).weight.requires_grad
     assert gdc(go.Graph.grid((1,)), k=9).edge_index.tolist() == [[0], [0]]
+    nothing = go.Graph(torch.empty(2, 0, dtype=torch.int64), 0)
+    for options in (dict(), dict(eps=1e-3), dict(eps=1e-3, kernel=Heat())):
+        assert gdc(nothing, k=2, **options).num_edges == 0
+    assert gdc(graph, k=2, eps=0.9).num_edges == 0  # not even a node itself matters so much
+    skipping = gdc(graph, [0.5, 0.0, 0.5], k=9, eps=1e-4, self_loops=None)
+    assert skipping.weight.min() > 0 and skipping.num_edges == (4 + 4) + (5 + 10)
     learned = torch.tensor([0.5, 0.5], requires_grad=True)
     assert gdc(graph, learned, k=3).num_edges == gdc(graph, learned, k=3, eps=1e-4).num_edges == 3 * 9 - 2
 
