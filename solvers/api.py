@@ -151,10 +151,10 @@ def solve(
     )
     if transforms_active() and events:
         raise UnsupportedError("torch.func transforms hide the values that events depend on: use torch.autograd")
-    if transforms_active() and (steering.adaptive or scheme.implicit):
+    if transforms_active() and (steering.adaptive or scheme.implicit or scheme.reads_values):
         raise UnsupportedError(
-            "torch.func transforms need an explicit method with fixed steps (dt= or num_steps=): adaptive steps depend on "
-            "values that a transform hides. For gradients of adaptive solves use torch.autograd"
+            "torch.func transforms need an explicit Runge-Kutta or Adams method with fixed steps (dt= or num_steps=): other "
+            "steps depend on values that a transform hides. For their gradients use torch.autograd"
         )
     stats = Stats()
     start = layout.flatten(y0).resolve_conj().resolve_neg()

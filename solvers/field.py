@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .layout import Layout
+from .status import ArgumentError
 
 
 class Field:
@@ -114,6 +115,21 @@ class Field:
             # A fresh tensor: f may mark its t as requiring a gradient.
             return t.to(self.time_dtype) if t.dtype != self.time_dtype or t.requires_grad else t.clone()
         return torch.full((), t, dtype=self.time_dtype, device=self.layout.device)
+
+    def spectral_bound(self) -> Any:
+        """The bound of |lambda| of df/dy that f knows: float in joint mode, else ``(B,)``; None if it knows none.
+
+        Raises ``ArgumentError`` for one that is no such number.
+        """
+        bound = getattr(self.func, "spectral_bound", None)
+        if bound is None:
+            return None
+        layout = self.layout
+        value = torch.as_tensor(bound(), dtype=torch.float64, device=layout.device).detach()
+        if value.shape not in ((), (layout.batch,)) or (layout.joint and value.dim()) or not bool((value >= 0).all()):
+            expected = "a number" if layout.joint else f"a number, or ({layout.batch},) of them,"
+            raise ArgumentError(f"spectral_bound() of f must return {expected} >= 0, found {value!r:.60}")
+        return value.item() if layout.joint else value.expand(layout.batch)
 
     def before(self, limit: Any, sign: Any) -> Field:
         """This field for a step that ends at ``limit``, where f is discontinuous: it meets no time at or after that.

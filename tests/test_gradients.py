@@ -13,8 +13,8 @@ from solvers.registry import options_of
 
 FIXED = [name for name in METHODS if not METHODS[name].variable_order]
 ADAPTIVE = [name for name in METHODS if METHODS[name].error_order is not None]
-EXPLICIT = [name for name in FIXED if not METHODS[name].implicit]
-IMPLICIT = [name for name in FIXED if METHODS[name].implicit]
+OPAQUE = [name for name in FIXED if METHODS[name].implicit or METHODS[name].reads_values]
+EXPLICIT = [name for name in FIXED if name not in OPAQUE]
 
 EACH_FIXED = pytest.mark.parametrize("name", FIXED)
 EACH_ADAPTIVE = pytest.mark.parametrize("name", ADAPTIVE)
@@ -313,7 +313,7 @@ def test_vmap_of_explicit_methods_at_fixed_steps_is_a_loop(name, device):
     ],
     ids=["grad", "jacrev", "jvp", "vmap"],
 )
-@pytest.mark.parametrize("name", [*ADAPTIVE, *(f"{name} at fixed steps" for name in IMPLICIT)])
+@pytest.mark.parametrize("name", [*ADAPTIVE, *(f"{name} at fixed steps" for name in OPAQUE)])
 def test_transforms_of_what_depends_on_values_are_refused(name, transform, device):
     """Adaptive steps and inner iterations; with a word on what to do, and before f is called."""
     name, _, fixed = name.partition(" ")

@@ -56,6 +56,10 @@ class Wrapped(Method):
         return self.wrapped.implicit
 
     @property
+    def reads_values(self) -> bool:  # type: ignore[override]
+        return self.wrapped.reads_values
+
+    @property
     def one_step(self) -> bool:  # type: ignore[override]
         return self.wrapped.one_step
 

@@ -58,6 +58,8 @@ class Method(ABC):
     one_step: ClassVar[bool] = True
     """Whether ``state`` can be rebuilt from (t, y) alone, so that a replay need not store it."""
     variable_order: ClassVar[bool] = False
+    reads_values: ClassVar[bool] = False
+    """Whether values of the state decide what an explicit step does, so that no transform of torch.func can follow it."""
     real_limit: float = 1.0
     """About how large -dt lambda may be for y' = lambda y; only judges whether an explicit method was held back by it."""
     remedy: ClassVar[str] = "smaller steps"
