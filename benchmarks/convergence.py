@@ -51,7 +51,7 @@ def variants(names: Sequence[str] | None = None) -> tuple[list[Variant], list[st
     from solvers.methods import METHODS
 
     fixed, varying = [], []
-    for name in names if names is not None else METHODS:
+    for name in names if names is not None else [name for name in METHODS if METHODS[name].demands is None]:
         if name in ("explicit_adams", "implicit_adams"):
             fixed += [Variant(name, order, {"order": order}) for order in ADAMS_ORDERS]
         elif name == "abm":

@@ -15,7 +15,9 @@ def row(name: str) -> str:
     """One line of the table. The estimate is given as the power of dt with which it falls."""
     method = METHODS[name]
     order = f"variable, {method.order} by default" if method.variable_order else str(method.order)
+    order = "exact in time" if method.exact else order
     estimate = f"dt^{method.error_order}" if method.error_order is not None else "none: fixed step"
+    estimate = "of the Krylov space" if method.exact else estimate
     kind = "implicit" if method.implicit else "explicit"
     return f"| `{name}` | {order} | {estimate} | {kind} | {method.reference} |"
 

@@ -66,7 +66,8 @@ def adaptive_explicit() -> list[str]:
     """Every registered method that is explicit and chooses its own step."""
     from solvers.methods import METHODS
 
-    return [name for name in METHODS if not METHODS[name].implicit and METHODS[name].error_order is not None]
+    chosen = [method for method in METHODS.values() if not method.implicit and method.demands is None]
+    return [method.name for method in chosen if method.error_order is not None]
 
 
 def solve_ours(problem: DiffusionProblem, ours: Ours, deadline: Deadline) -> Outcome:

@@ -9,6 +9,7 @@ from .control import CONTROLLERS, Controller, Jump
 from .events import Event, Fired
 from .loop import Step
 from .methods import METHODS, Method
+from .problem import LinearField, QuasiLinearField
 from .solution import Solution, Stats
 from .status import (
     ArgumentError,
@@ -40,10 +41,12 @@ __all__ = [
     "Fired",
     "InnerSolverError",
     "Jump",
+    "LinearField",
     "MaxStepsError",
     "Method",
     "NonFiniteError",
     "ProxodeError",
+    "QuasiLinearField",
     "Solution",
     "SolveError",
     "Stats",

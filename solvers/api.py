@@ -24,6 +24,7 @@ from .layout import Layout, transforms_active
 from .loop import Plan, Step, Times, Trajectory
 from .methods import METHODS, Method
 from .norms import ErrorNorm
+from .problem import callable_field, demand
 from .registry import all_options, claim_options, nearest, option_owner, options_of
 from .saveat import KINDS, SaveAt
 from .solution import Last, Solution, Stats
@@ -112,6 +113,7 @@ def solve(
     Raises ``ArgumentError`` / ``ArgumentTypeError`` / ``UnknownNameError`` before any work for what cannot be used, and
     one of ``NonFiniteError, StepUnderflowError, MaxStepsError, InnerSolverError`` after a failed solve.
     """
+    field = callable_field(field)
     _check_field(field, args)
     layout = Layout(y0, batch_dim, batch_index)
     events = check_events(events, max_events)
@@ -119,6 +121,7 @@ def solve(
     endless = bool(events) and bool(torch.isinf(times.detach()).any())
     fixed = _fixed_mode(controller, dt, num_steps, dt0, layout, endless)
     scheme = _choose("method", METHODS, method, Method)
+    demand(scheme, field)
     steering = _choose_controller(controller, scheme, fixed)
     derivative = _choose("adjoint", ADJOINTS, adjoint, Adjoint)
     scheme, steering, derivative = _apply_options(scheme, steering, derivative, inner, options)
@@ -171,11 +174,13 @@ def check_options(field: Any, **options: Any) -> None:
     defaults = {p.name: p.default for p in inspect.signature(solve).parameters.values() if p.kind is p.KEYWORD_ONLY}
     given = defaults | {name: value for name, value in options.items() if name in defaults}
     rest = {name: value for name, value in options.items() if name not in defaults}
+    field = callable_field(field)
     _check_field(field, given["args"])
     dt = given["dt"]
     whole: Any = 1.0 if isinstance(dt, Tensor) and dt.dim() > 0 else dt  # one dt per sample is a matter of the state
     fixed = _fixed_mode(given["controller"], whole, given["num_steps"], given["dt0"], None)
     method = _choose("method", METHODS, given["method"], Method)
+    demand(method, field)
     controller = _choose_controller(given["controller"], method, fixed)
     adjoint = _choose("adjoint", ADJOINTS, given["adjoint"], Adjoint)
     _apply_options(method, controller, adjoint, given["inner"], rest)

@@ -228,6 +228,8 @@ class _Run(ABC):
             return plan.dt0
         order = plan.method.error_order or plan.method.order + 1
         span = clock.end - clock.start
+        if plan.method.exact and math.isfinite(float(torch.as_tensor(span).abs().max())):
+            return self.ops.copysign(self.ops.minimum(abs(span), plan.dt_max), span)
         dt, work = plan.initial(plan.field, plan.norm, self.t, self.y, f0, order, span)
         self.nfe += work
         dt = self.ops.maximum(self.ops.minimum(dt, plan.dt_max), plan.dt_min)
@@ -280,7 +282,7 @@ class _Run(ABC):
             ratio = ops.where(self.layout.finite(out.y1), 0.0, math.inf)
         else:
             ratio = 0.0 if self.layout.joint else torch.zeros_like(self.clock.start)
-        if out.status is None:
+        if out.status is None or (plan.method.graded_failure and plan.controller.adaptive and not plan.force_dt_min):
             return ratio
         good = out.status == Status.SUCCESS
         if isinstance(ratio, tuple):

@@ -12,6 +12,11 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from solvers import METHODS
+
+ANY_FIELD = [name for name in METHODS if METHODS[name].demands is None]
+"""Methods for any f: those that live on more structure have tests of their own."""
+
 
 class Problem(NamedTuple):
     """dy/dt = f(t, y) over [0, end]; f takes t () with y (n,), or (B,) with (B, n); ``exact``: times (T,) -> (T, n)."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import SMOOTH, driven, driven_exact, entire, entire_exact
+from problems import ANY_FIELD, SMOOTH, driven, driven_exact, entire, entire_exact
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from solvers import METHODS, UnsupportedError, solve
 from solvers.registry import options_of
 
-FIXED = [name for name in METHODS if not METHODS[name].variable_order]
-ADAPTIVE = [name for name in METHODS if METHODS[name].error_order is not None]
+FIXED = [name for name in ANY_FIELD if not METHODS[name].variable_order]
+ADAPTIVE = [name for name in ANY_FIELD if METHODS[name].error_order is not None]
 OPAQUE = [name for name in FIXED if METHODS[name].implicit or METHODS[name].reads_values]
 EXPLICIT = [name for name in FIXED if name not in OPAQUE]
 

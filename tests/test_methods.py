@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from problems import DAMPED, SMOOTH, Problem, entire, entire_exact, relative_error
+from problems import ANY_FIELD, DAMPED, SMOOTH, Problem, entire, entire_exact, relative_error
 from torch import Tensor
 
 from solvers import CONTROLLERS, METHODS, ArgumentError, Status, registry, solve
@@ -18,8 +18,8 @@ from solvers.methods.rk import RungeKutta
 from solvers.methods.tableau import Tableau
 from solvers.registry import claim_options, options_of
 
-FIXED = [name for name in METHODS if not METHODS[name].variable_order]
-ADAPTIVE = [name for name in METHODS if METHODS[name].error_order is not None]
+FIXED = [name for name in ANY_FIELD if not METHODS[name].variable_order]
+ADAPTIVE = [name for name in ANY_FIELD if METHODS[name].error_order is not None]
 STEERED = [name for name in ADAPTIVE if not METHODS[name].variable_order]
 ORDERED = [name for name in FIXED if "order" in options_of(METHODS[name])]
 CASES = [(name, METHODS[name].order, {}) for name in FIXED if METHODS[name].order <= 8] + [

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from problems import ANY_FIELD
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,9 +14,9 @@ from solvers import METHODS, Jump, solve
 from solvers.norms import max_norm, rms
 
 F32, F64, C64, C128 = torch.float32, torch.float64, torch.complex64, torch.complex128
-ADAPTIVE = [name for name in METHODS if METHODS[name].error_order is not None]
+ADAPTIVE = [name for name in ANY_FIELD if METHODS[name].error_order is not None]
 EXPLICIT = [name for name in ADAPTIVE if not METHODS[name].implicit]
-FIXED = [name for name in METHODS if not METHODS[name].variable_order]
+FIXED = [name for name in ANY_FIELD if not METHODS[name].variable_order]
 WAYS = [pytest.param(name, {}, id=name) for name in ADAPTIVE]
 WAYS += [pytest.param(name, dict(dt=0.1), id=f"{name}-fixed") for name in FIXED]
 MODES = {

@@ -120,6 +120,11 @@ class Continuous(Sweep):
                 )
         if plan.events and plan.save.kind == "steps":
             raise UnsupportedError("adjoint='backsolve' with events does not take save='steps': use adjoint='checkpoint'")
+        if method.demands is not None:
+            raise UnsupportedError(
+                f"adjoint='backsolve' can't take method {method.name!r} backwards, for the adjoint equation is no "
+                f"{method.demands.__name__}: use adjoint='checkpoint' or 'backprop', or give adjoint_method="
+            )
         if method.implicit and self.options.adjoint_method is None:
             raise UnsupportedError(
                 f"adjoint='backsolve' would run {method.name!r} backwards, where the problem is not dissipative: use "

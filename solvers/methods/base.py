@@ -60,6 +60,12 @@ class Method(ABC):
     variable_order: ClassVar[bool] = False
     reads_values: ClassVar[bool] = False
     """Whether values of the state decide what an explicit step does, so that no transform of torch.func can follow it."""
+    demands: ClassVar[Any] = None
+    """The protocol of :mod:`~solvers.problem` that f has to keep; None: any f will do."""
+    exact: ClassVar[bool] = False
+    """Whether its steps have no error of discretisation, so that the first may be as long as the solve."""
+    graded_failure: ClassVar[bool] = False
+    """Whether ``ratio`` says by how much a failed step was too long; else it is shortened as far as may be."""
     real_limit: float = 1.0
     """About how large -dt lambda may be for y' = lambda y; only judges whether an explicit method was held back by it."""
     remedy: ClassVar[str] = "smaller steps"

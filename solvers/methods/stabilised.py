@@ -23,6 +23,8 @@ SHORTER = 0.5
 
 SAFETY = 0.9
 """The controllers' own."""
+FAILED = 1.01
+"""An error that no controller accepts."""
 
 
 class StabilisedState(NamedTuple):
@@ -76,6 +78,7 @@ class RKC2(Method):
     remedy: ClassVar[str] = "smaller steps or a larger max_stages="
     one_step: ClassVar[bool] = False
     reads_values: ClassVar[bool] = True
+    graded_failure: ClassVar[bool] = True
     real_limit: ClassVar[float] = math.inf  # type: ignore[misc]
 
     def __post_init__(self) -> None:
@@ -109,7 +112,8 @@ class RKC2(Method):
     def ratio(self, norm: Any, y0: Tensor, out: StepOut) -> Any:
         """The error; at least so much that the next step, too, stays below the longest one."""
         value = norm(out.error.error, norm.scale(y0, out.y1))
-        least = (SAFETY * out.error.share) ** 3
+        ops, share = norm.layout.ops, out.error.share
+        least = ops.where(share > 1, ops.maximum((SAFETY * share) ** 3, FAILED), (SAFETY * share) ** 3)
         return max(value, least) if norm.layout.joint else torch.maximum(value, least.to(value.dtype))
 
     def replay(
