@@ -545,7 +545,7 @@ def _remedy(plan: Plan, trajectory: Trajectory, status: Status, sample: int, sta
     ratio = _stiffness(plan, trajectory, sample, stats)
     if ratio is not None and ratio > STIFF * plan.method.real_limit:
         text += f"; the step size is limited by stability (dt times the spectral radius is {ratio:.2g})"
-        stiff = next((name for name in METHODS if METHODS[name].implicit), None)
+        stiff = next((name for name, m in METHODS.items() if m.implicit and m.demands is None), None)
         text += f", try method={stiff!r}" if stiff else ""
     return text
 

@@ -123,7 +123,8 @@ def affine(op: Any, y: Any, args: tuple[Any, ...] = ()) -> Any:
 def demand(method: Any, field: Any) -> None:
     """Raise ``ArgumentError`` if ``field`` does not show the structure that ``method`` lives on."""
     protocol = method.demands
-    if protocol is not None and not isinstance(field, protocol):
+    # Of a linear field A(t, y) is the field itself.
+    if protocol is not None and not isinstance(field, (protocol, LinearField)):
         needed = "matvec(y)" if protocol is LinearField else "operator(t, y)"
         raise ArgumentError(
             f"method {method.name!r} takes a {protocol.__name__}, which has {needed}; found {type(field).__name__}, which has "

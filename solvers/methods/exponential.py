@@ -117,10 +117,10 @@ class ExpLinear(Method):
     def _uniform(self, op: FlatOperator, tau: Tensor) -> bool:
         """Whether this step is for uniformisation: it goes forwards and not too far."""
         if self.expm != "auto":
-            if self.expm == "uniformisation" and op.rate is None:
+            if self.expm == "uniformisation" and not op.rate:
                 raise ArgumentError("expm='uniformisation' needs a field with rate=, for which L + rate I has no negative entry")
             return self.expm == "uniformisation"
-        if op.symmetric or op.rate is None or op.layout.dtype.is_complex:
+        if op.symmetric or not op.rate or op.layout.dtype.is_complex:
             return False
         return bool((tau >= 0).all()) and float(tau.max()) * op.rate <= 2 * self.krylov_dim
 
