@@ -210,6 +210,65 @@ def authors_attention_step(graph: Graph, q: Tensor, k: Tensor, x: Tensor) -> Ten
     return scattered_spmm(graph, (powers / total.index_select(0, index)).mean(1), x)
 
 
+# --- calculus --------------------------------------------------------------------------------------------------------
+
+
+def one_at_nodes(graph: Graph, width: int) -> list[Tensor]:
+    return [torch.randn(graph.num_sources, width, generator=torch.Generator().manual_seed(0))]
+
+
+def gradient_traffic(graph: Graph, width: int) -> float:
+    return 4.0 * graph.num_edges * (3 * width + 2)
+
+
+def gathered_gradient(graph: Graph, x: Tensor) -> Tensor:
+    return x.index_select(0, graph.source) - x.index_select(0, graph.target)
+
+
+def flow_at_edges(graph: Graph, width: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.rand(graph.num_edges, generator=generator),
+        torch.randn(graph.num_edges, width, generator=generator),
+    ]
+
+
+def divergence_traffic(graph: Graph, width: int) -> float:
+    return 4.0 * (graph.num_edges * (width + 2) + graph.num_targets * width)
+
+
+def divergence(graph: Graph, weights: Tensor, flow: Tensor) -> Tensor:
+    return graphops.divergence(graph, flow, weights)
+
+
+def summed_divergence(graph: Graph, weights: Tensor, flow: Tensor) -> Tensor:
+    return index_add(graph, weights.unsqueeze(-1) * flow)
+
+
+def scattered_divergence(graph: Graph, weights: Tensor, flow: Tensor) -> Tensor:
+    import torch_scatter
+
+    return torch_scatter.scatter_add(weights.unsqueeze(-1) * flow, graph.target, dim=0, dim_size=graph.num_targets)
+
+
+@cache
+def laplacian_of(graph: Graph) -> graphops.GraphOperator:
+    return graphops.laplacian_operator(graph, "random_walk")
+
+
+def laplacian(graph: Graph, x: Tensor) -> Tensor:
+    return laplacian_of(graph).matvec(x)
+
+
+def laplacian_function(graph: Graph, x: Tensor) -> Tensor:
+    return graphops.laplacian(graph, x, "random_walk")
+
+
+def gathered_laplacian(graph: Graph, x: Tensor) -> Tensor:
+    degree = graph.degree().clamp(min=1).to(x.dtype).unsqueeze(1)
+    return -index_add(graph, gathered_gradient(graph, x)) / degree
+
+
 OPERATORS: dict[str, Operator] = {
     "sum": reduction("sum", index_add=index_add),
     "mean": reduction("mean"),
@@ -236,5 +295,18 @@ OPERATORS: dict[str, Operator] = {
         attention_traffic,
         attention_step,
         {"gather, scatter_reduce": gathered_attention_step, "authors' form": authors_attention_step},
+    ),
+    "gradient": Operator(one_at_nodes, gradient_traffic, graphops.gradient, {"gather": gathered_gradient}),
+    "divergence": Operator(
+        flow_at_edges,
+        divergence_traffic,
+        divergence,
+        {"index_add": summed_divergence, "torch_scatter.scatter_add": scattered_divergence},
+    ),
+    "laplacian": Operator(
+        one_at_nodes,
+        spmm_traffic,
+        laplacian,
+        {"graphops.laplacian": laplacian_function, "gather, index_add": gathered_laplacian},
     ),
 }
