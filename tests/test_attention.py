@@ -280,10 +280,7 @@ def test_vmap_over_states_and_over_weights(graph, name):
     torch.testing.assert_close(found, torch.stack([attention.weights(graph.with_weight(w), q[0], k[0]) for w in weights]))
 
 
-QUICK = ("pearson", "additive")
-
-
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in BY_EDGE])
+@pytest.mark.parametrize("name", [n if n == "pearson" else pytest.param(n, marks=pytest.mark.slow) for n in BY_EDGE])
 def test_compiles_as_one_graph(name):
     graph = awkward(torch.float32)
     attention = Attention(name, reweight="shares", normaliser="squareplus" if name == "pearson" else "softmax")
