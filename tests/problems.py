@@ -12,10 +12,20 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from solvers import METHODS
+from solvers import METHODS, UnsupportedError
+from solvers.layout import Layout
 
 ANY_FIELD = [name for name in METHODS if METHODS[name].demands is None]
 """Methods for any f: those that live on more structure have tests of their own."""
+
+
+def takes(name: str, dtype: torch.dtype) -> bool:
+    """Whether a method does not refuse states of a dtype."""
+    try:
+        METHODS[name].check(Layout(torch.zeros(1, dtype=dtype)))
+    except UnsupportedError:
+        return False
+    return True
 
 
 class Problem(NamedTuple):

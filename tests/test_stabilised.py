@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from solvers import ArgumentError, InnerSolverError, solve
+from solvers import METHODS, ArgumentError, InnerSolverError, UnsupportedError, solve
+from solvers.field import Field
+from solvers.layout import Layout
+from solvers.methods.rock4_table import ROCK4
+from solvers.methods.stabilised import ROCK4_REACH
 
 
 def diffusion(n: int) -> tuple[float, Tensor]:
@@ -49,11 +54,12 @@ def test_diffusion_costs_the_root_of_its_stiffness(rtol, dtype, most, worst):
         assert ((y - exact).abs().max() / exact.abs().max()) < worst
 
 
-def test_each_sample_has_its_own_stages_and_none_sees_another():
+@pytest.mark.parametrize("name", ["rkc2", "rock4"])
+def test_each_sample_has_its_own_stages_and_none_sees_another(name):
     """Conductivities from 0 to 1000: the rows are what each alone gives, whatever the others need."""
     k = torch.tensor([[0.0], [1.0], [30.0], [1000.0]], dtype=torch.float64)
     y0 = diffusion(32)[1].expand(4, -1)
-    settings = {"method": "rkc2", "rtol": 1e-4, "atol": 1e-6}
+    settings = {"method": name, "rtol": 1e-4, "atol": 1e-6}
     t = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
     together = solve(lambda t, y: laplacian(k, y), y0, t, batch_dim=0, **settings)
     for row in range(4):
@@ -65,7 +71,8 @@ def test_each_sample_has_its_own_stages_and_none_sees_another():
 
 @pytest.mark.parametrize("adjoint", ["backprop", "checkpoint"])
 @pytest.mark.parametrize("batch_dim", [None, 0])
-def test_gradcheck_of_many_stages(adjoint, batch_dim):
+@pytest.mark.parametrize("name", ["rkc2", "rock4"])
+def test_gradcheck_of_many_stages(name, adjoint, batch_dim):
     """A stiff nonlinear field whose steps take about ten stages; to y0, t and a parameter."""
     y0 = torch.rand(2, 6, dtype=torch.float64, requires_grad=True)
     k = torch.tensor(150.0, dtype=torch.float64, requires_grad=True)
@@ -73,11 +80,11 @@ def test_gradcheck_of_many_stages(adjoint, batch_dim):
 
     def run(y0: Tensor, k: Tensor, t: Tensor) -> Tensor:
         return solve(
-            lambda t, y, k: laplacian(k, y) - y**3, y0, t, method="rkc2", num_steps=2, args=(k,),
+            lambda t, y, k: laplacian(k, y) - y**3, y0, t, method=name, num_steps=2, args=(k,),
             adjoint=adjoint, batch_dim=batch_dim,
         ).y  # fmt: skip
 
-    assert torch.autograd.gradcheck(run, (y0, k, t), atol=1e-6)
+    assert torch.autograd.gradcheck(run, (y0, k, t), atol=1e-6, fast_mode=True)
 
 
 class Bounded:
@@ -131,6 +138,64 @@ def test_groups_of_unequal_size_give_what_each_alone_gives():
     for group, part in enumerate(y0.split([5, 9])):
         alone = solve(lambda t, y, k=k[group]: k * (y.mean(0) - y) - y**3, part, [0.0, 1.0], **settings)
         torch.testing.assert_close(together.y[-1][index == group], alone.y[-1], rtol=1e-5, atol=1e-7)
+
+
+# --- rock4 -----------------------------------------------------------------------------------------------------------
+
+
+def trees(s: int) -> dict[str, float]:
+    """Errors of a step with s stages in the order conditions of the rooted trees to order 4: each by a system of its own
+    whose solution is the tree's elementary differential."""
+
+    def f(t: Tensor, y: Tensor) -> Tensor:
+        a, b, c, d, *_ = y.unbind()
+        return torch.stack([torch.ones_like(a), a, a**2, b, a**3, a * b, c, d])
+
+    y = torch.zeros(8, dtype=torch.float64)
+    method, layout = METHODS["rock4"], Layout(y)
+    field = Field(f, layout)
+    end, _ = method.sweep(field, 0.0, 1.0, y, f(None, y), s)
+    wanted = [1, 1 / 2, 1 / 3, 1 / 6, 1 / 4, 1 / 8, 1 / 12, 1 / 24]
+    names = ("t", "[t]", "[tt]", "[[t]]", "[ttt]", "[t[t]]", "[[tt]]", "[[[t]]]")
+    return {name: abs(float(x) - w) for name, x, w in zip(names, end, wanted)}
+
+
+@pytest.mark.parametrize("s", ROCK4)
+def test_rock4_has_order_four_and_is_stable_as_far_as_it_says(s):
+    assert max(trees(s).values()) < 1e-10
+    reach = ROCK4_REACH[s]
+    assert s < 10 or reach > 0.32 * s * s
+    z = torch.linspace(0, reach, 40 * s, dtype=torch.float64)[1:]
+    field = Field(lambda t, y: -z * y, Layout(z))
+    method = METHODS["rock4"]
+    end, _ = method.sweep(field, 0.0, 1.0, torch.ones_like(z), -z, s)
+    # Rounding, amplified, hides what is left of the bound 1 at many stages.
+    assert end.abs().max() < 1.0 + 1e-15 * s**8 / 2500
+    assert end[z > 10].abs().max() < 0.97 + 1e-15 * s**8 / 2500
+
+
+def test_the_coefficients_are_what_the_derivation_gives():
+    from benchmarks.derive_rock4 import rows
+
+    for s, row in rows((8, 9, 10)).items():
+        np.testing.assert_allclose(row, [x for part in ROCK4[s] for x in part], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rtol, most, worst", [(1e-3, 3600, 1e-2), (1e-5, 5200, 2e-4), (1e-7, 8800, 2e-6)])
+def test_rock4_on_diffusion(rtol, most, worst):
+    """The rounding of its stages, not their number, limits its steps here: dt rho = 1100 at 1e-5."""
+    c, y0 = diffusion(128)
+    t = torch.tensor([0.0, 0.001, 0.01, 0.1, 1.0], dtype=torch.float64)
+    sol = solve(lambda t, y: laplacian(c, y), y0, t, method="rock4", rtol=rtol, atol=rtol / 100)
+    assert sol.stats.nfe <= most
+    for time, y in zip(t, sol.y):
+        exact = heat(c, y0, float(time))
+        assert ((y - exact).abs().max() / exact.abs().max()) < worst
+
+
+def test_rock4_refuses_single_precision_and_names_what_takes_it():
+    with pytest.raises(UnsupportedError, match="rkc2"):
+        solve(lambda t, y: -y, torch.ones(2), [0.0, 1.0], method="rock4")
 
 
 def test_steps_that_need_too_many_stages_are_no_success():

@@ -12,17 +12,21 @@ from torch import Tensor
 
 from ..optim import Point, ProximalProblem
 from ..optim.linesearch import PowerMemory, spectral_radius
-from ..status import ArgumentError, Status
+from ..status import ArgumentError, Status, UnsupportedError
 from .base import METHODS, Method, StepOut
+from .rock4_recursion import recursion
+from .rock4_table import ROCK4 as ROCK4_TABLE
 
 HERMITE = ((0.0, 0.0, 3.0, -2.0), (0.0, 1.0, -2.0, 1.0), (0.0, 0.0, -1.0, 1.0))
 """Coefficients in theta of the cubic's weights: of y1 - y0, dt f0 and dt f1."""
 SHORTER = 0.5
 """A step offered below this share of the last one follows a rejection, or an output: the spectrum is looked at again."""
-
-
 SAFETY = 0.9
 """The controllers' own."""
+ROCK4_REACH = {s: 2 * shape[5] * s * s + shape[4] for s, (shape, _, _) in ROCK4_TABLE.items()}
+"""dt rho that so many stages are stable for."""
+WEIGHT = 0.03
+"""Of the error estimate of ROCK4: about where it equals the error on diffusion."""
 FAILED = 1.01
 """An error that no controller accepts."""
 
@@ -52,18 +56,93 @@ class StabilisedDense(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RKC2(Method):
-    """Runge–Kutta–Chebyshev method of second order with as many stages as dt times the spectral radius asks for.
+class Stabilised(Method):
+    """What steps of many stages share: how many, for which spectral radius, and how long a step they allow.
 
-    s stages are stable for dt |lambda| up to 0.65 s**2 along the negative real axis, so that the cost grows with the root of
-    the stiffness; near the imaginary axis it is no better than other explicit methods. Each sample of a batch has its own
-    number of stages. The spectral radius of df/dy comes from a nonlinear power method begun where it last ended, every
-    25 steps and whenever the step size has been cut, unless f has a method ``spectral_bound``; it is a constant to gradients.
+    Each sample of a batch has its own number of stages. The spectral radius of df/dy comes from a nonlinear power method
+    begun where it last ended, every 25 steps and whenever the step size has been cut, unless f has a method
+    ``spectral_bound``; it is a constant to gradients. Near the imaginary axis none of this helps.
 
-    Working memory: 8 states, 2 of them kept per step where gradients are replayed. Calls of f a step: one per stage,
-    and those of the power method; in a batch as many as the sample with the most stages needs.
+    Calls of f a step: one per stage, and those of the power method; in a batch as many as the sample with the most stages
+    needs. Adaptive steps stay below the length at which the rounding errors of the stages reach rtol.
+    """
 
-    Adaptive steps stay below the length at which the rounding errors of the stages, about s**2 eps / 10, reach rtol.
+    one_step: ClassVar[bool] = False
+    reads_values: ClassVar[bool] = True
+    graded_failure: ClassVar[bool] = True
+    real_limit: ClassVar[float] = math.inf  # type: ignore[misc]
+
+    def stages(self, layout: Any, z: Any) -> Any:
+        """Smallest number of stages that is stable for dt rho = ``z``; int or ``(B,)`` int64."""
+        raise NotImplementedError
+
+    def reach(self, rtol: float, eps: float) -> tuple[float, float]:
+        """dt rho that the most stages are stable for, and that at which their rounding errors reach ``rtol``."""
+        raise NotImplementedError
+
+    def sweep(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor, stages: Any) -> tuple[Tensor, Any]:
+        """The state at the end, and what the estimate needs of the stages."""
+        raise NotImplementedError
+
+    def estimate(self, wide: Any, y0: Tensor, y1: Tensor, f0: Tensor, f1: Tensor, rest: Any) -> Tensor:
+        """Of the local error; ``wide``: dt, broadcastable to the state."""
+        raise NotImplementedError
+
+    def init(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor | None) -> StabilisedState:
+        layout = field.layout
+        none = 0.0 if layout.joint else torch.zeros(layout.batch, dtype=torch.float64, device=layout.device)
+        if f0 is None:
+            f0 = field(field.time(t0), y0)
+        return StabilisedState(f0, none, PowerMemory.fresh(layout, y0.detach()))
+
+    def step(self, field: Any, t0: Any, dt: Any, y0: Tensor, state: StabilisedState, active: Any) -> StepOut:
+        layout, size, ops = field.layout, _number(dt), field.layout.ops
+        with torch.no_grad():
+            rho, memory, work = _radius(field, _number(t0), size, y0.detach(), state, active)
+            z = abs(size) * rho
+            longest, quiet = self.reach(_relative(field.norm), torch.finfo(y0.dtype).eps)
+            stable = z <= longest
+            stages = ops.where(stable, self.stages(layout, z), self.stages(layout, z * 0.0))
+        y1, rest = self.sweep(field, t0, dt, y0, state.f0, stages)
+        f1 = field(field.times(t0, dt, (1.0,))[0], y1)
+        work += int(stages if layout.joint else stages.max())
+        with torch.no_grad():
+            estimate = self.estimate(layout.spread(size), y0, y1, state.f0, f1, rest)
+            error = StabilisedError(estimate, z / min(longest, quiet))
+        dense = StabilisedDense(layout, dt, y0, y1, state.f0, f1)
+        return StepOut(y1, error, dense, StabilisedState(f1, size, memory), work, _status(layout, stable))
+
+    def ratio(self, norm: Any, y0: Tensor, out: StepOut) -> Any:
+        """The error; at least so much that the next step, too, stays below the longest one."""
+        value = norm(out.error.error, norm.scale(y0, out.y1))
+        ops, share = norm.layout.ops, out.error.share
+        least = (SAFETY * share) ** self.error_order
+        least = ops.where(share > 1, ops.maximum(least, FAILED), least)
+        return max(value, least) if norm.layout.joint else torch.maximum(value, least.to(value.dtype))
+
+    def replay(
+        self, field: Any, t0: Any, dt: Any, y0: Tensor, state: StabilisedState, active: Any, interior: bool
+    ) -> StepOut:
+        """The step with f at its start as a function of ``y0``: the stored one has no graph behind the first step."""
+        out = self.step(field, t0, dt, y0, state._replace(f0=field(field.time(t0), y0)), active)
+        return out._replace(work=out.work + 1)
+
+    def interpolate(self, dense: StabilisedDense, theta: Tensor, derivative: int = 0) -> Tensor:
+        layout, dt = dense.layout, _size(dense)
+        theta = layout.spread(theta)
+        if layout.joint:
+            theta = theta.unsqueeze(-1)
+        weights = [_polynomial(c, theta, derivative) for c in HERMITE]
+        change = weights[0] * (dense.y1 - dense.y0) + dt * (weights[1] * dense.f0 + weights[2] * dense.f1)
+        return dense.y0 + change if derivative == 0 else change * dt**-derivative
+
+
+@dataclass(frozen=True)
+class RKC2(Stabilised):
+    """Runge–Kutta–Chebyshev method of second order: s stages are stable for dt |lambda| up to 0.65 s**2 along the negative real
+    axis, so that the cost grows with the root of the stiffness.
+
+    Working memory: 8 states, 2 of them kept per step where gradients are replayed. Rounding errors: about s**2 eps / 10.
 
     ``max_stages``: a step that would need more is rejected.
     """
@@ -76,74 +155,93 @@ class RKC2(Method):
     error_order: ClassVar[int | None] = 3  # type: ignore[misc]
     reference: ClassVar[str] = "Sommeijer, Shampine and Verwer 1998"  # type: ignore[misc]
     remedy: ClassVar[str] = "smaller steps or a larger max_stages="
-    one_step: ClassVar[bool] = False
-    reads_values: ClassVar[bool] = True
-    graded_failure: ClassVar[bool] = True
-    real_limit: ClassVar[float] = math.inf  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_stages, int) or self.max_stages < 2:
             raise ArgumentError(f"max_stages must be an integer >= 2, found {self.max_stages!r}")
 
-    def init(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor | None) -> StabilisedState:
-        layout = field.layout
-        none = 0.0 if layout.joint else torch.zeros(layout.batch, dtype=torch.float64, device=layout.device)
-        if f0 is None:
-            f0 = field(field.time(t0), y0)
-        return StabilisedState(f0, none, PowerMemory.fresh(layout, y0.detach()))
+    def stages(self, layout: Any, z: Any) -> Any:
+        if layout.joint:
+            return max(2, math.ceil(math.sqrt(1 + 1.54 * z))) if math.isfinite(z) else 2
+        return torch.ceil((1 + 1.54 * z.nan_to_num(0.0, 0.0)).sqrt()).clamp(min=2).long()
 
-    def step(self, field: Any, t0: Any, dt: Any, y0: Tensor, state: StabilisedState, active: Any) -> StepOut:
-        layout, size = field.layout, _number(dt)
-        with torch.no_grad():
-            rho, memory, work = _radius(field, _number(t0), size, y0.detach(), state, active)
-            stages = _stages(layout, abs(size) * rho)
-            low = stages <= self.max_stages
-            stages = layout.ops.where(low, stages, 2)
-        y1 = self._sweep(field, t0, dt, y0, state.f0, _Coefficients(layout, stages))
-        f1 = field(field.times(t0, dt, (1.0,))[0], y1)
-        work += int(stages if layout.joint else stages.max())
-        with torch.no_grad():
-            # Equation (2.11), the local error of the step up to the next order.
-            estimate = 0.8 * (y0 - y1) + (0.4 * layout.spread(size)) * (state.f0 + f1)
-            error = StabilisedError(estimate, abs(size) * rho / _longest(field.norm, y0.dtype, self.max_stages))
-        dense = StabilisedDense(layout, dt, y0, y1, state.f0, f1)
-        return StepOut(y1, error, dense, StabilisedState(f1, size, memory), work, _status(layout, low))
+    def reach(self, rtol: float, eps: float) -> tuple[float, float]:
+        return (self.max_stages**2 - 1) / 1.54, max(3.0, 10 * rtol / eps - 1) / 1.54
 
-    def ratio(self, norm: Any, y0: Tensor, out: StepOut) -> Any:
-        """The error; at least so much that the next step, too, stays below the longest one."""
-        value = norm(out.error.error, norm.scale(y0, out.y1))
-        ops, share = norm.layout.ops, out.error.share
-        least = ops.where(share > 1, ops.maximum((SAFETY * share) ** 3, FAILED), (SAFETY * share) ** 3)
-        return max(value, least) if norm.layout.joint else torch.maximum(value, least.to(value.dtype))
-
-    def replay(
-        self, field: Any, t0: Any, dt: Any, y0: Tensor, state: StabilisedState, active: Any, interior: bool
-    ) -> StepOut:
-        """The step with f at its start as a function of ``y0``: the stored one has no graph behind the first step."""
-        out = self.step(field, t0, dt, y0, state._replace(f0=field(field.time(t0), y0)), active)
-        return out._replace(work=out.work + 1)
-
-    def _sweep(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor, table: _Coefficients) -> Tensor:
+    def sweep(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor, stages: Any) -> tuple[Tensor, Any]:
         """Equation (2.2): the three-term recursion over the stages."""
-        wide = field.layout.spread(dt)
-        _, _, first, _, _, _ = table.row(1)
+        table, wide = _Table(field.layout, stages, _rkc2), field.layout.spread(dt)
+        first = table.row(1)[2]
         before, y = y0, _combine((y0, 1.0), (f0, wide * first))
-        for j in range(2, table.most + 1):
+        for j in range(2, table.count):
             mu, nu, weight, gamma, node, live = table.row(j)
             f = field(field.time(t0 + dt * node), y)
             terms = (y, mu), (before, nu), (y0, 1.0 - mu - nu), (f, wide * weight), (f0, wide * gamma)
             new = _combine(*terms)
             before, y = y, new if live is None else torch.where(live, new, y)
-        return y
+        return y, None
 
-    def interpolate(self, dense: StabilisedDense, theta: Tensor, derivative: int = 0) -> Tensor:
-        layout, dt = dense.layout, _size(dense)
-        theta = layout.spread(theta)
+    def estimate(self, wide: Any, y0: Tensor, y1: Tensor, f0: Tensor, f1: Tensor, rest: Any) -> Tensor:
+        """Equation (2.11), the local error up to the next order."""
+        return 0.8 * (y0 - y1) + (0.4 * wide) * (f0 + f1)
+
+
+@dataclass(frozen=True)
+class ROCK4(Stabilised):
+    """Orthogonal-Runge–Kutta–Chebyshev method of fourth order, of 8 to 150 stages, stable for dt |lambda| up to 0.35 s**2.
+
+    Coefficients of this package's own (``benchmarks/derive_rock4.py``), after Abdulle's construction. For double precision:
+    rounding errors of the stages are amplified by about s**8 / 2500 at most, which at rtol 1e-5 leaves 57 stages to use. For
+    tighter tolerances than ``rkc2``, and milder stiffness.
+
+    Working memory: 12 states, 2 of them kept per step where gradients are replayed.
+    """
+
+    name: ClassVar[str] = "rock4"  # type: ignore[misc]
+    order: ClassVar[int] = 4  # type: ignore[misc]
+    error_order: ClassVar[int | None] = 4  # type: ignore[misc]
+    reference: ClassVar[str] = "Abdulle 2002, SIAM J. Sci. Comput. 23; own coefficients"  # type: ignore[misc]
+    remedy: ClassVar[str] = "smaller steps or method='rkc2'"
+
+    def check(self, layout: Any) -> None:
+        if layout.real_dtype != torch.float64:
+            raise UnsupportedError(
+                f"method 'rock4' amplifies rounding errors too much for {layout.dtype}: take method='rkc2', or a float64 state"
+            )
+
+    def stages(self, layout: Any, z: Any) -> Any:
         if layout.joint:
-            theta = theta.unsqueeze(-1)
-        weights = [_polynomial(c, theta, derivative) for c in HERMITE]
-        change = weights[0] * (dense.y1 - dense.y0) + dt * (weights[1] * dense.f0 + weights[2] * dense.f1)
-        return dense.y0 + change if derivative == 0 else change * dt**-derivative
+            return next((s for s, reach in ROCK4_REACH.items() if reach >= z), 8)
+        counts, reach = (torch.tensor(list(x), device=layout.device) for x in (ROCK4_REACH, ROCK4_REACH.values()))
+        place = torch.searchsorted(reach.to(z.dtype), z.contiguous())
+        return counts[torch.where(place < len(counts), place, 0)]
+
+    def reach(self, rtol: float, eps: float) -> tuple[float, float]:
+        quiet = (2500 * rtol / eps) ** 0.125
+        return max(ROCK4_REACH.values()), max(z for s, z in ROCK4_REACH.items() if s <= max(8, quiet))
+
+    def sweep(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor, stages: Any) -> tuple[Tensor, Any]:
+        """The orthogonal recursion, then the four stages that carry out the rest of the stability polynomial."""
+        layout = field.layout
+        table, wide = _Table(layout, stages, _rock4), layout.spread(dt)
+        before, y, f = y0, y0, f0
+        for j in range(table.count):
+            mu, kappa, time, live = table.row(j)
+            if j > 0:
+                f = field(field.time(t0 + dt * time), y)
+            new = _combine((y, 1 + kappa), (before, -kappa), (f, wide * mu))
+            before, y = y, new if live is None else torch.where(live, new, y)
+        a, b, rest, times = _finish(layout, stages)
+        k: list[Tensor] = []
+        for row, time in zip(a, times, strict=True):
+            x = _combine((y, 1.0), *((x, wide * c) for x, c in zip(k, row, strict=True)))
+            k.append(field(field.time(t0 + dt * time), x))
+        y = _combine((y, 1.0), *((x, wide * c) for x, c in zip(k, b, strict=True)))
+        with torch.no_grad():
+            return y, _combine(*zip(k, rest, strict=True))
+
+    def estimate(self, wide: Any, y0: Tensor, y1: Tensor, f0: Tensor, f1: Tensor, rest: Any) -> Tensor:
+        return (wide * WEIGHT) * (f1 + rest)
 
 
 def _size(dense: StabilisedDense) -> Any:
@@ -195,30 +293,60 @@ def _rkc2(s: int) -> tuple[tuple[float, ...], ...]:
     return tuple(rows)
 
 
-class _Coefficients:
-    """The recursion's coefficients: numbers in joint mode, else a column for each sample's own number of stages."""
+@functools.lru_cache(maxsize=64)
+def _rock4(s: int) -> tuple[tuple[float, ...], ...]:
+    """Rows (mu, kappa, c of the argument) of the recursion; the last one's time is where the four stages begin."""
+    rows, before, time = [], 0.0, 0.0
+    for mu, kappa in zip(*(x.tolist() for x in recursion(s, ROCK4_TABLE[s][0])), strict=True):
+        rows.append((mu, kappa, time))
+        before, time = time, mu + (1 + kappa) * time - kappa * before
+    return tuple(rows)
 
-    def __init__(self, layout: Any, stages: Any) -> None:
-        self.layout, self.stages = layout, stages
+
+@functools.lru_cache(maxsize=64)
+def _rock4_end(s: int) -> tuple[float, ...]:
+    """Where the four stages begin, in steps; their coefficients; the embedded weights."""
+    mu, kappa, time = _rock4(s)[-1]
+    before = _rock4(s)[-2][2]
+    return (mu + (1 + kappa) * time - kappa * before, *ROCK4_TABLE[s][1], *ROCK4_TABLE[s][2])
+
+
+def _finish(layout: Any, stages: Any) -> tuple[Any, Any, Any, Any]:
+    """a (rows of growing length), b and the embedded weights, broadcastable to the state; the times of the four stages."""
+    if layout.joint:
+        raw: Any = _rock4_end(stages)
+    else:
+        kinds = {s: torch.tensor(_rock4_end(s), dtype=torch.float64) for s in set(stages.tolist())}
+        raw = torch.stack([kinds[s] for s in stages.tolist()], 1).to(layout.device).unbind(0)
+    start, c = raw[0], [layout.spread(x) for x in raw[1:]]
+    times = (start, start + raw[1], start + (raw[2] + raw[3]), start + (raw[4] + raw[5] + raw[6]))
+    return ([], c[:1], c[1:3], c[3:6]), c[6:10], c[10:], times
+
+
+class _Table:
+    """Coefficients of a recursion, rows of ``rows(stages)``: numbers in joint mode, else a column for each sample's own."""
+
+    def __init__(self, layout: Any, stages: Any, rows: Any) -> None:
+        self.layout = layout
         if layout.joint:
-            self.most, self.rows = stages, _rkc2(stages)
+            self.rows = rows(stages)
+            self.count = len(self.rows)
             return
-        counts = stages.tolist()
-        self.most = max(counts)
-        kinds = {s: i for i, s in enumerate(sorted(set(counts)))}
-        table = torch.zeros(len(kinds), self.most + 1, 5, dtype=torch.float64)
-        for s, i in kinds.items():
-            table[i, : s + 1] = torch.tensor(_rkc2(s), dtype=torch.float64)
-        which = torch.tensor([kinds[s] for s in counts], device=layout.device)
-        self.table = table.to(layout.device)[which]
+        each = stages.tolist()
+        kinds = {s: i for i, s in enumerate(sorted(set(each)))}
+        known = [torch.tensor(rows(s), dtype=torch.float64) for s in kinds]
+        which = torch.tensor([kinds[s] for s in each], device=layout.device)
+        self.table = torch.nn.utils.rnn.pad_sequence(known, batch_first=True).to(layout.device)[which]
+        self.lengths = torch.tensor([len(x) for x in known], device=layout.device)[which]
+        self.count = self.table.shape[1]
 
     def row(self, j: int) -> tuple[Any, ...]:
-        """mu, nu, mu~, gamma~ broadcastable to the state, the time of the argument in steps, and which samples still
-        have a stage ``j`` (None: all)."""
+        """The coefficients broadcastable to the state, the last, a time in steps, as it is, and which samples have a row ``j``
+        (None: all)."""
         if self.layout.joint:
             return (*self.rows[j], None)
-        spread, columns = self.layout.spread, self.table[:, j].unbind(1)
-        return (*(spread(c) for c in columns[:4]), columns[4], spread(self.stages >= j))
+        *columns, time = self.table[:, j].unbind(1)
+        return (*(self.layout.spread(c) for c in columns), time, self.layout.spread(self.lengths > j))
 
 
 def _radius(
@@ -236,17 +364,8 @@ def _radius(
     return rho, memory, problem.calls
 
 
-def _longest(norm: Any, dtype: torch.dtype, most: int) -> float:
-    """dt rho at which ``most`` stages are needed, or rounding reaches the relative tolerance."""
-    rtol = float(norm.rtol.min()) if isinstance(norm.rtol, Tensor) else norm.rtol
-    return (min(most**2, max(4.0, 10 * rtol / torch.finfo(dtype).eps)) - 1) / 1.54
-
-
-def _stages(layout: Any, z: Any) -> Any:
-    """Smallest number of stages that is stable for dt rho = ``z``, at least 2; int or ``(B,)`` int64."""
-    if layout.joint:
-        return max(2, math.ceil(math.sqrt(1 + 1.54 * z))) if math.isfinite(z) else 2
-    return torch.ceil((1 + 1.54 * z.nan_to_num(0.0, 0.0)).sqrt()).clamp(min=2).long()
+def _relative(norm: Any) -> float:
+    return float(norm.rtol.min()) if isinstance(norm.rtol, Tensor) else norm.rtol
 
 
 def _status(layout: Any, low: Any) -> Any:
@@ -263,3 +382,4 @@ def _number(x: Any) -> Any:
 
 
 METHODS.register("rkc2", RKC2())
+METHODS.register("rock4", ROCK4())
