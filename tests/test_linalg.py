@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from solvers.layout import Layout
-from solvers.linalg import gcr, gmres
+from solvers.linalg import gcr, gmres, minres
 
 D = torch.float64
 
@@ -46,12 +46,13 @@ def test_gmres_solves_each_sample(restart, preconditioned):
     diagonal = torch.diagonal(matrix, dim1=1, dim2=2)
     geometry = Geometry(4, 30)
     enough = 1e-10 * geometry.dot(b, b) ** 0.5
-    x = gmres(
+    x, residual, unsolved = gmres(
         lambda v: torch.einsum("bij,bj->bi", matrix, v), b, geometry, enough, running=torch.ones(4, dtype=torch.bool),
         restart=restart, max_iters=400, precond=(lambda v: v / diagonal) if preconditioned else None,
     )
     left = b - torch.einsum("bij,bj->bi", matrix, x)
-    assert (geometry.dot(left, left) ** 0.5 <= 1.01 * enough).all()
+    assert not unsolved.any() and (geometry.dot(left, left) ** 0.5 <= 1.01 * enough).all()
+    assert torch.allclose(left, residual, rtol=0, atol=1e-11)
     assert torch.allclose(x, torch.linalg.solve(matrix, b), rtol=1e-6, atol=1e-9)
 
 
@@ -64,7 +65,7 @@ def test_gmres_ends_after_as_many_products_as_unknowns():
         return v @ matrix[0].T
 
     b = torch.randn(1, 6, dtype=D)
-    x = gmres(product, b, Geometry(1, 6), torch.tensor([1e-12]), running=torch.ones(1, dtype=torch.bool))
+    x, _, _ = gmres(product, b, Geometry(1, 6), torch.tensor([1e-12]), running=torch.ones(1, dtype=torch.bool))
     assert len(products) <= 6 and torch.allclose(x, torch.linalg.solve(matrix, b), rtol=1e-9)
 
 
@@ -75,3 +76,31 @@ def test_gcr_solves_each_sample():
     enough = 1e-9 * geometry.dot(b, b) ** 0.5
     x, unsolved = gcr(lambda v: torch.einsum("bij,bj->bi", matrix, v), b, geometry, enough, 500, window=30)
     assert not unsolved.any() and torch.allclose(x, torch.linalg.solve(matrix, b), rtol=1e-5, atol=1e-8)
+
+
+def test_gmres_says_which_samples_it_did_not_solve_and_what_is_left():
+    matrix, b, geometry = systems(), torch.randn(4, 30, dtype=D), Geometry(4, 30)
+    product = lambda v: torch.einsum("bij,bj->bi", matrix, v)
+    enough = torch.tensor([1e-3, 1e-3, 1e-9, 1e-9], dtype=D) * geometry.dot(b, b) ** 0.5
+    x, residual, unsolved = gmres(product, b, geometry, enough, running=torch.ones(4, dtype=torch.bool), max_iters=12)
+    left = b - product(x)
+    assert unsolved.tolist() == (geometry.dot(left, left) ** 0.5 > enough).tolist() == [False, False, True, True]
+    assert torch.allclose(left, residual, rtol=0, atol=1e-11)
+
+
+def test_minres_solves_symmetric_systems_and_says_where_it_breaks_down():
+    torch.manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(3, 20, 20, dtype=D))[0]
+    values = torch.stack([torch.linspace(1, 2, 20), torch.logspace(0, 4, 20), -torch.linspace(1, 2, 20)]).to(D)
+    matrix, b, geometry = turn @ torch.diag_embed(values) @ turn.mT, torch.randn(3, 20, dtype=D), Geometry(3, 20)
+    norm, enough = (lambda r: geometry.dot(r, r) ** 0.5), 1e-8 * geometry.dot(b, b) ** 0.5
+    everyone = torch.ones(3, dtype=torch.bool)
+    product = lambda v: torch.einsum("bij,bj->bi", matrix, v)
+    x, residual, unsolved = minres(product, b, geometry, norm, enough, running=everyone)
+    assert unsolved.tolist() == [False, False, True]
+    assert torch.allclose(b - product(x), residual, rtol=0, atol=1e-9)
+    assert torch.allclose(x[:2], torch.linalg.solve(matrix, b)[:2], rtol=1e-5, atol=1e-8)
+    # The same minimum over the same space as GMRES, one product more or less.
+    few = minres(product, b, geometry, norm, 0 * enough, running=everyone, max_iters=7)[1]
+    full = gmres(product, b, geometry, 0 * enough, running=everyone, max_iters=7)[1]
+    assert torch.allclose(few[:2], full[:2], atol=1e-9)

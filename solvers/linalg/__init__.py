@@ -2,7 +2,7 @@
 
 from .exponential import KrylovSpace, combine, crossed, expm, integrated, poisson_tails, poisson_terms
 from .factor import DenseFactor, HostFactor, SparseFactor
-from .krylov import gcr, gmres
+from .krylov import gcr, gmres, minres
 
 __all__ = [
     "DenseFactor",
@@ -15,6 +15,7 @@ __all__ = [
     "gcr",
     "gmres",
     "integrated",
+    "minres",
     "poisson_tails",
     "poisson_terms",
 ]

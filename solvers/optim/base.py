@@ -301,6 +301,8 @@ class InnerOptimizer(ABC):
     rests: ClassVar[bool] = True
     """Whether a start is left alone whose residual is rounding. A correction that costs nothing more is better: what is left
     out at every step adds up, in single precision to hundreds of roundings."""
+    patience: ClassVar[int] = 1000
+    """Iterations for a step, where the user does not say how many."""
 
     def chosen(self, layout: Any) -> InnerOptimizer:
         """What serves a state of this layout: itself, or another. Raises ``UnsupportedError`` / ``ArgumentError``."""

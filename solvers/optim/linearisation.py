@@ -165,20 +165,22 @@ def spectrum(matrix: tuple[tuple[float, ...], ...]) -> tuple[list[Any], np.ndarr
 
 class Memory(NamedTuple):
     """Where the Jacobian to go on with was taken: t, y, and the stamp that names them (0: nowhere yet, or it no longer
-    serves). The Jacobian follows from these; ``cache`` only saves the work of taking it again."""
+    serves). The Jacobian follows from these; ``cache`` only saves the work of taking it again. rate: the ratio of successive
+    corrections that the next iteration has to expect (0: unknown)."""
 
     t: Any
     y: Tensor
     stamp: Any
     cache: Cache
+    rate: Any
 
 
 def forgotten(layout: Any, y0: Tensor) -> Memory:
     """The memory of a solve that begins."""
     if layout.joint:
-        return Memory(0.0, y0, 0, Cache())
+        return Memory(0.0, y0, 0, Cache(), 0.0)
     zero = torch.zeros(layout.batch, dtype=torch.float64, device=layout.device)
-    return Memory(zero, y0, zero.long(), Cache())
+    return Memory(zero, y0, zero.long(), Cache(), zero)
 
 
 class Cache:

@@ -35,11 +35,7 @@ class PowerMemory(NamedTuple):
 
     @classmethod
     def fresh(cls, layout: Any, y0: Tensor) -> PowerMemory:
-        """A start that holds every frequency, the same for a sample wherever it stands in a batch."""
-        count = torch.arange(layout.width, device=y0.device, dtype=torch.float64)
-        if not layout.joint:
-            count = count + layout.width * _rank(layout).unsqueeze(-1)
-        v = torch.cos(0.7 * count * count).to(y0.dtype)
+        v = waves(layout, y0, 0.7)
         zero = _zeros(layout)
         return cls(v, zero, 0 if layout.joint else zero.to(torch.int64))
 
@@ -66,6 +62,14 @@ def spectral_radius(problem: ProximalProblem, point: Point, running: Any, memory
         rho = ops.where(usable, found, rho)
         pending = usable & ops.invert(settled)
     return MARGIN * rho, PowerMemory(v, rho, memory.age + 1)
+
+
+def waves(layout: Any, like: Tensor, rate: float) -> Tensor:
+    """A state that holds every frequency, the same for a sample wherever it stands in a batch; another for another rate."""
+    count = torch.arange(layout.width, device=like.device, dtype=torch.float64)
+    if not layout.joint:
+        count = count + layout.width * _rank(layout).unsqueeze(-1)
+    return torch.cos(rate * count * count).to(like.dtype)
 
 
 def _zeros(layout: Any) -> Any:

@@ -32,13 +32,18 @@ STALLED = 8.0
 """Multiple of what rounding leaves of a correction below which corrections that no longer shrink are rounding errors."""
 FIRST = 10.0
 """Multiple of the first correction, of which no ratio is known, that must be within the tolerance to do without a second."""
+SMALLEST_RATE = 0.02
+"""Least ratio that is expected of corrections to come."""
+DOUBT = 0.8
+"""Power that an expected ratio is raised to at each step that did not measure it (Hairer & Wanner II, IV.8)."""
 DENSE_LIMIT = 400
 """Unknowns of a sample up to which a matrix of its own pays."""
 
 
 class NewtonState(NamedTuple):
     """lin: J. fresh: samples whose J is of this step. point: the iterate, if its residual is known. before: norm of the last
-    correction (0: none yet). rate: the largest ratio of corrections. floor: what rounding leaves of a correction."""
+    correction (0: none yet). rate: the largest ratio of corrections. floor: what rounding leaves of a correction. expected:
+    what a first correction leaves, in units of its own size, by the ratios of earlier steps."""
 
     lin: Linearisation
     fresh: Any
@@ -46,6 +51,7 @@ class NewtonState(NamedTuple):
     before: Any
     rate: Any
     floor: Any
+    expected: Any
     memory: Memory
 
 
@@ -72,6 +78,7 @@ class Newton(InnerOptimizer):
 
     refresh: ClassVar[int] = 1 << 30  # type: ignore[misc]  # no residual is carried along
     rests: ClassVar[bool] = False
+    patience: ClassVar[int] = 10
 
     def __post_init__(self) -> None:
         if self.jac is not None and not callable(self.jac):
@@ -140,8 +147,12 @@ class Newton(InnerOptimizer):
         zero = 0.0 if problem.layout.joint else torch.zeros_like(unknown, dtype=problem.layout.real_dtype)
         floor = 2 * ROUNDING * torch.finfo(point.z.dtype).eps * problem.norm(point.z)
         # Another step's factorisation is as good a reason as another step's J to begin anew where the iteration is slow.
-        fresh = unknown if lin.aged(problem.g) else unknown | (lin.t == t)
-        return NewtonState(lin, fresh, point, zero, zero, floor, memory)
+        aged = lin.aged(problem.g)
+        fresh = unknown if aged else unknown | (lin.t == t)
+        # Nor does an earlier step's ratio say what it does to this one.
+        rate = ops.where(known & (memory.rate > 0) & (not aged), memory.rate, 1.0)
+        expected = ops.where(rate < 1.0, rate / ops.maximum(1.0 - rate, 1e-3), FIRST)
+        return NewtonState(lin, fresh, point, zero, zero, floor, expected, memory)
 
     def step(self, problem: Any, z: Tensor, r: Tensor, state: NewtonState, running: Any) -> InnerStep:
         ops = problem.ops
@@ -150,7 +161,7 @@ class Newton(InnerOptimizer):
         size = problem.norm(delta)
         known = state.before > 0
         rate = ops.where(known, size / ops.where(known, state.before, 1.0), 0.0)
-        left = ops.where(known, rate / ops.maximum(1.0 - rate, 1e-3), FIRST) * size
+        left = ops.where(known, rate / ops.maximum(1.0 - rate, 1e-3), state.expected) * size
         rounding = (size <= state.floor) | ((rate > SLOW) & (size <= STALLED * state.floor))
         left = ops.where(rounding, 0.0, left)
         slow = (rate >= SLOW) | (left * rate ** AHEAD[self.kind] > problem.tol)
@@ -175,12 +186,15 @@ class Newton(InnerOptimizer):
         lin.exact = problem.g
         before = problem.ops.where(again, 0.0, state.before)
         rate = problem.ops.where(again, 0.0, state.rate)
-        return state._replace(lin=lin, fresh=state.fresh | again, point=point, before=before, rate=rate)
+        expected = problem.ops.where(again, FIRST, state.expected)
+        return state._replace(lin=lin, fresh=state.fresh | again, point=point, before=before, rate=rate, expected=expected)
 
     def memory(self, problem: Any, state: NewtonState) -> Memory:
-        lin = state.lin
-        stamp = problem.ops.where(state.rate > OLD[self.kind], 0, lin.stamp)
-        return Memory(lin.t, lin.y, stamp, state.memory.cache)
+        lin, ops = state.lin, problem.ops
+        stamp = ops.where(state.rate > OLD[self.kind], 0, lin.stamp)
+        doubted = ops.power(state.expected / (1.0 + state.expected), DOUBT)
+        rate = ops.where(state.rate > 0, ops.maximum(state.rate, SMALLEST_RATE), doubted)
+        return Memory(lin.t, lin.y, stamp, state.memory.cache, rate)
 
     # -- linear systems beside the iteration --------------------------------------------------------------------------
 

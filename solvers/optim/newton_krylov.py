@@ -9,95 +9,178 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..linalg import gmres
+from ..linalg import gmres, minres
 from ..status import ArgumentError
-from .base import INNER_OPTIMIZERS, ROUNDING, InnerOptimizer, InnerStep, Point, StageProblem
+from .base import INNER_OPTIMIZERS, ROUNDING, InnerOptimizer, InnerStep, Point, StageProblem, any_true
+from .linesearch import waves
 
-FORCING = 0.1
+KRYLOV = ("auto", "minres", "gmres")
+FORCING = 0.5
 """Residual of a linear system relative to its right-hand side, at most."""
-SHARE = 0.3
+COUPLED_FORCING = 0.1
+"""The same where several stages are solved together, to a much smaller tolerance."""
+SHARE = 0.5
 """Share of the tolerance that the residual of a linear system need not get below."""
 DIVERGED = 2.0
 """Ratio of successive residuals from which an iteration is given up. That of the corrections says nothing: what a linear
 system leaves of its right-hand side, a tenth, may be a larger part of the correction."""
-FIRST = 1.0
-"""Multiple of the first correction, of which no ratio is known, that must be within the tolerance to do without a second."""
+CURVED = 3.0
+"""Safety of the nonlinearity seen in earlier corrections, when it judges one whose residual is not evaluated."""
+FADES = 0.3
+"""What a nonlinearity seen once is worth one evaluation later."""
+SYMMETRIC = 30.0
+"""Multiple of the root of the rounding unit up to which two products that a symmetric J makes equal may differ."""
+
+
+class KrylovMemory(NamedTuple):
+    """bend: part of a correction that came back as residual, by nonlinearity (0: not seen yet). rho: the largest |J v| / |v|
+    seen (1/time). symmetric: whether J is (1: yes, -1: no, 0: unknown)."""
+
+    bend: Any
+    rho: Any
+    symmetric: Any
 
 
 class KrylovState(NamedTuple):
-    """point: the iterate, if its residual is known. before: norm of the last correction (0: none yet). floor: what rounding
-    leaves of a correction. residual: norm of the last one (infinite: none yet)."""
+    """point: the iterate, if its residual is known. expected: the residual it would have if r were linear. before: norm of the
+    last correction (0: none yet). floor: what rounding leaves of a correction. residual: norm of the last one (infinite:
+    none yet)."""
 
     point: Point | None
+    expected: Tensor
     before: Any
     floor: Any
     residual: Any
+    memory: KrylovMemory
+    curvature: Any
 
 
 @dataclass(frozen=True)
 class NewtonKrylov(InnerOptimizer):
-    """z' = z - d with M d = r(z) solved by GMRES, nearly, M at the iterate itself (Brown & Hindmarsh 1989, Appl. Math. Comput.
-    31).
+    """z' = z - d with M d = r(z) solved nearly, by products with M at the iterate itself (Brown & Hindmarsh 1989, Appl. Math.
+    Comput. 31).
 
-    Products with M are forward differences, one call of f for each stage. Systems are solved in units of the error norm's
-    scale, to a tenth of the right-hand side or to what the tolerance needs. Memory: ``restart`` states.
+    Products are forward differences, one call of f for each stage. A symmetric J has its systems solved by MINRES, another
+    one by GMRES, in units of the error norm's scale. The residual of the last iterate is not evaluated where the
+    nonlinearity of earlier corrections says that it is small. Memory: five states, for GMRES ``restart`` more.
 
     Args:
+        krylov: "minres", "gmres", or "auto", which tests with two products whether J is symmetric, and goes over to GMRES
+            for good where MINRES does not converge.
         restart: vectors of GMRES before it starts again. krylov_iters: products for one linear system.
     """
 
     _: KW_ONLY
-    restart: int = 30
-    krylov_iters: int = 150
+    krylov: str = "auto"
+    restart: int = 50
+    krylov_iters: int = 500
 
     refresh: ClassVar[int] = 1 << 30  # type: ignore[misc]  # no residual is carried along
     rests: ClassVar[bool] = False
+    patience: ClassVar[int] = 10
 
     def __post_init__(self) -> None:
+        if self.krylov not in KRYLOV:
+            raise ArgumentError(f"krylov must be one of {', '.join(KRYLOV)}, found {self.krylov!r}")
         for option in ("restart", "krylov_iters"):
             if not getattr(self, option) >= 1:
                 raise ArgumentError(f"{option} must be at least 1, found {getattr(self, option)}")
 
-    def init(self, problem: Any, point: Point, running: Any, memory: Any) -> KrylovState:
+    def remember(self, layout: Any, y0: Tensor) -> KrylovMemory:
+        known = {"auto": 0, "minres": 1, "gmres": -1}[self.krylov]
+        if layout.joint:
+            return KrylovMemory(0.0, 0.0, known)
+        zero = torch.zeros(layout.batch, dtype=torch.float64, device=layout.device)
+        return KrylovMemory(zero, zero, torch.full_like(zero, known, dtype=torch.int64))
+
+    def init(self, problem: Any, point: Point, running: Any, memory: KrylovMemory) -> KrylovState:
         zero = 0.0 if problem.layout.joint else torch.zeros_like(running, dtype=problem.layout.real_dtype)
         floor = 2 * ROUNDING * torch.finfo(point.z.dtype).eps * problem.norm(point.z)
-        return KrylovState(point, zero, floor, zero + math.inf)
+        unknown = running & (memory.symmetric == 0)
+        if any_true(unknown):
+            found = -1 if problem.coupled else self._test(problem, point, unknown)
+            memory = memory._replace(symmetric=problem.ops.where(unknown, found, memory.symmetric))
+        known = 1.0 + abs(problem.g) * memory.rho
+        return KrylovState(point, point.r, zero, floor, zero + math.inf, memory, known)
+
+    def _test(self, problem: Any, point: Point, unknown: Any) -> Any:
+        """1 for samples in which <u, J v> = <v, J u> for two directions, else -1."""
+        u, v = (problem.keep(unknown, waves(problem.layout, point.z, rate), 0.0) for rate in (0.7, 0.3))
+        along = problem.dot(u, v)
+        one, other = problem.dot(u, problem.jv(point, v)) - along, problem.dot(v, problem.jv(point, u)) - along
+        limit = SYMMETRIC * torch.finfo(u.dtype).eps ** 0.5
+        return problem.ops.where(abs(one - other) <= limit * (abs(one) + abs(other)), 1, -1)
+
+    def curvature(self, state: KrylovState) -> Any:
+        return state.curvature
+
+    def memory(self, problem: Any, state: KrylovState) -> KrylovMemory:
+        return state.memory
 
     def step(self, problem: Any, z: Tensor, r: Tensor, state: KrylovState, running: Any) -> InnerStep:
         ops = problem.ops
         point = state.point or problem.evaluate(z)
-        delta, error = self._solve(problem, point, running)
-        size = problem.norm(delta)
-        known = state.before > 0
-        rate = ops.where(known, size / ops.where(known, state.before, 1.0), 0.0)
-        left = ops.where(known, rate / ops.maximum(1.0 - rate, 1e-3), FIRST) * size + error
+        if state.point is None:
+            state = self._learn(problem, point, state, running)
+        delta, expected, state, solved = self._solve(problem, point, state, running)
+        size, bend, linear = problem.norm(delta), state.memory.bend, problem.norm(expected)
+        left = linear + ops.where(bend > 0, CURVED * bend, 1.0) * size
         left = ops.where(size <= state.floor, 0.0, left)
         residual = problem.norm(point.r)
-        hopeless = (left > problem.tol) & (residual >= DIVERGED * state.residual) | ops.invert(ops.isfinite(size))
+        worse = (residual >= DIVERGED * state.residual) | (ops.invert(solved) & (linear > FORCING * residual))
+        hopeless = (left > problem.tol) & worse | ops.invert(ops.isfinite(size))
         left = ops.where(hopeless, math.nan, left)
-        after = KrylovState(
-            None, ops.where(running, size, state.before), state.floor, ops.where(running, residual, state.residual)
-        )
-        return InnerStep(z - delta, point.r, after, None, left)
+        before, residual = ops.where(running, size, state.before), ops.where(running, residual, state.residual)
+        state = state._replace(point=None, expected=expected, before=before, residual=residual)
+        return InnerStep(z - delta, point.r, state, None, left)
 
-    def _solve(self, problem: StageProblem, point: Point, running: Any) -> tuple[Tensor, Any]:
-        """d, and the residual that is left of it, in the error norm."""
+    def _learn(self, problem: Any, point: Point, state: KrylovState, running: Any) -> KrylovState:
+        """The nonlinearity, by a residual that was evaluated and what the linear system had left of it."""
+        ops, bend = problem.ops, state.memory.bend
+        known = running & (state.before > 0)
+        seen = problem.norm(point.r - state.expected) / ops.where(known, state.before, 1.0)
+        bend = ops.where(known, ops.maximum(ops.maximum(seen, FADES * bend), 1e-12), bend)
+        return state._replace(memory=state.memory._replace(bend=bend))
+
+    def _solve(self, problem: Any, point: Point, state: KrylovState, running: Any) -> tuple[Tensor, Tensor, KrylovState, Any]:
+        """d, the residual that is left, what was learnt, and whose systems were solved."""
         problem.algebra.how = "matrix-free"
+        ops, memory = problem.ops, state.memory
+        first = _First(problem, point)
+        forcing = COUPLED_FORCING if problem.coupled else FORCING
+        size = problem.norm(point.r)
+        rounding = ROUNDING * torch.finfo(point.z.dtype).eps * problem.norm(point.z) * state.curvature
+        enough = ops.maximum(ops.minimum(forcing * size, SHARE * problem.tol), SHARE * rounding)
+        x, left, symmetric, unsolved = torch.zeros_like(point.r), point.r, memory.symmetric, running & False
+        good = running & (symmetric == 1)
+        if any_true(good):
+            x, left, failed = minres(
+                first.product, point.r, problem, problem.norm, enough, running=good, max_iters=self.krylov_iters
+            )
+            symmetric = ops.where(failed, -1, symmetric)
+        rest = running & (symmetric != 1)
+        if any_true(rest):
+            other, residual, unsolved = self._gmres(problem, first, point, rest, enough)
+            x, left = problem.keep(rest, other, x), problem.keep(rest, residual, left)
+        rho = ops.maximum(memory.rho, ops.where(running, first.rho(), 0.0))
+        curvature = 1.0 + abs(problem.g) * rho
+        state = state._replace(memory=memory._replace(rho=rho, symmetric=symmetric), curvature=curvature)
+        return x, left, state, ops.invert(unsolved)
+
+    def _gmres(self, problem: Any, first: _First, point: Point, running: Any, enough: Any) -> tuple[Tensor, Tensor, Any]:
         scale = problem.scales if problem.coupled else problem.scale
         b = point.r / scale
         # The Euclidean norm of a scaled vector is this multiple of its error norm.
         length = problem.dot(b, b) ** 0.5
         unit = problem.ops.where(length > 0, length / problem.ops.maximum(problem.norm(point.r), 1e-300), 1.0)
-        enough = problem.ops.minimum(FORCING * length, SHARE * problem.tol * unit)
-
-        def product(v: Tensor) -> Tensor:
-            return problem.jv(point, scale * v) / scale
-
-        x = gmres(product, b, problem, enough, running=running, restart=self.restart, max_iters=self.krylov_iters)
-        return scale * x, enough / unit
+        x, left, unsolved = gmres(
+            lambda v: first.product(scale * v) / scale, b, problem, enough * unit, running=running, restart=self.restart,
+            max_iters=self.krylov_iters,
+        )  # fmt: skip
+        return scale * x, scale * left, unsolved
 
     def resume(self, problem: Any, point: Point, state: KrylovState, again: Any) -> KrylovState:
-        return self.init(problem, point, again, ())
+        return self.init(problem, point, again, state.memory)
 
     def filtered(self, problem: StageProblem, memory: Any, weight: float, x: Tensor) -> Tensor:
         """(I - g weight J)^-1 x with J at the origin of ``problem``, to a tenth."""
@@ -107,13 +190,35 @@ class NewtonKrylov(InnerOptimizer):
         )
         # Products are all that is asked of this point: its residual does not matter.
         point = one.evaluate(y)._replace(r=x)
-        b = x / problem.scale
-        enough = FORCING * one.dot(b, b) ** 0.5
-        running = problem.ops.isfinite(enough)
-        found = gmres(lambda v: one.jv(point, problem.scale * v) / problem.scale, b, one, enough, running=running,
-                      restart=self.restart, max_iters=self.krylov_iters)  # fmt: skip
+        size = one.norm(x)
+        found, _, _ = self._gmres(one, _First(one, point), point, problem.ops.isfinite(size), COUPLED_FORCING * size)
         problem.calls += one.calls
-        return problem.scale * found
+        return found
+
+
+class _First:
+    """Products with M at ``point``; of the first, how much it stretches, from which rho follows."""
+
+    def __init__(self, problem: Any, point: Point) -> None:
+        self.problem, self.point = problem, point
+        self.v: Any = None
+        self.mv: Any = None
+
+    def product(self, v: Tensor) -> Tensor:
+        mv = self.problem.jv(self.point, v)
+        if self.v is None:
+            self.v, self.mv = v, mv
+        return mv
+
+    def rho(self) -> Any:
+        """|J v| / |v| (1/time) of the first product; 0 without one."""
+        problem = self.problem
+        if self.v is None:
+            return 0.0 if problem.layout.joint else torch.zeros_like(problem.norm(self.point.r))
+        gjv = self.v - self.mv
+        found = problem.ratio(problem.dot(gjv, gjv), problem.dot(self.v, self.v)) ** 0.5
+        found = problem.ratio(found, abs(problem.g))
+        return problem.ops.where(problem.ops.isfinite(found), found, 0.0)
 
 
 INNER_OPTIMIZERS.register("newton_krylov", NewtonKrylov())
