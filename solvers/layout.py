@@ -102,7 +102,10 @@ class RowOps:
         scalar code for the rest of a row round powers differently, so on the CPU rows are filled up to whole vectors."""
         if x.device.type != "cpu" or len(x) % VECTOR == 0:
             return x.pow(exponent)
-        return torch.nn.functional.pad(x, (0, -len(x) % VECTOR), value=1.0).pow_(exponent)[: len(x)]
+        missing = (0, -len(x) % VECTOR)
+        if isinstance(exponent, Tensor):
+            exponent = torch.nn.functional.pad(exponent, missing, value=1.0)
+        return torch.nn.functional.pad(x, missing, value=1.0).pow_(exponent)[: len(x)]
 
     @staticmethod
     def rescale(ratio, exponent, safety, low, high):

@@ -134,6 +134,17 @@ def test_adaptive_implicit_runge_kutta_steps(method: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "inner",
+    ["newton", pytest.param("newton_krylov", marks=pytest.mark.slow), pytest.param("fletcher_reeves", marks=pytest.mark.slow)],
+)
+def test_backward_differentiation(inner: str, mode: str) -> None:
+    """Orders, steps, Jacobians and what the inner solver has learnt come back from the checkpoint before them."""
+    found = agrees(mode, 1e-9, {"checkpoints": 2}, method="prox_bdf", inner=inner, rtol=1e-4, atol=1e-6)
+    assert bool((torch.as_tensor(found.stats.rejected) > 0).any()), "no rejection to leave out"
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["reversed", "ragged"])
 @pytest.mark.parametrize("options", [{"rtol": 1e-5}, {"method": "rk4", "dt": 0.11}, {"method": "abm"}], ids=str)
 def test_directions_and_ragged_times(options: dict[str, Any], kind: str, mode: str) -> None:

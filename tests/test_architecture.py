@@ -48,7 +48,8 @@ PLANS = {"solvers": FLOORS, "graphops": GRAPH_FLOORS}
 # In these folders a file knows its base and the modules named here; its siblings only by name through the registry.
 SHARED_IN_FOLDER: dict[str, set[str]] = {
     "solvers.methods": {
-        "base", "tableau", "tableaus", "implicit_tableaus", "stages", "adams_weights", "rock4_table", "rock4_recursion"
+        "base", "tableau", "tableaus", "implicit_tableaus", "stages", "adams_weights", "rock4_table", "rock4_recursion",
+        "backward_weights", "solving",
     },
     "solvers.control": {"base"},
     "solvers.optim": {"base", "linesearch", "implicit", "curvature", "jacobian", "linearisation"},

@@ -197,7 +197,7 @@ METHODS = [
     ("dopri5", {}, 3e-6), ("dopri8", {}, 3e-6), ("dop853", {}, 3e-6), ("bosh3", {}, 3e-6), ("abm", {}, 3e-6),
     ("euler", dict(dt=1e-3), 1e-3), ("midpoint", dict(dt=1e-2), 1e-4), ("rk4", dict(dt=0.05), 1e-6),
     ("explicit_adams", dict(dt=0.02), 1e-6), ("implicit_adams", dict(dt=0.02), 1e-6),
-    ("prox_euler", dict(dt=1e-3), 1e-3), ("prox_euler", dict(rtol=1e-5), 1e-2),
+    ("prox_euler", dict(dt=1e-3), 1e-3), ("prox_euler", dict(rtol=1e-5), 1e-2), ("prox_bdf", dict(rtol=1e-5), 1e-4),
 ]  # fmt: skip
 
 
@@ -717,7 +717,7 @@ def distance(found: list[Tensor], reference: list[Tensor]) -> float:
 QUICK = [("dopri5", {}), ("rk4", dict(dt=0.05))]
 LONG = [
     ("bosh3", {}), ("abm", {}), ("implicit_adams", dict(dt=0.05)), ("prox_euler", dict(dt=0.05)),
-    ("explicit_adams", dict(num_steps=80)), ("rk4", dict(controller="fixed")),
+    ("prox_bdf", dict(rtol=1e-4)), ("explicit_adams", dict(num_steps=80)), ("rk4", dict(controller="fixed")),
 ]  # fmt: skip
 REPLAYED = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in LONG)]
 

@@ -230,7 +230,8 @@ def test_outputs_cost_at_most_the_extra_stages_of_steps_that_hold_one(name, devi
 
 def own_estimate(name: str) -> bool:
     """Whether the error that is estimated is that of the solution itself, not that of one of lower order beside it."""
-    return METHODS[name].error_order == METHODS[name].order + 1
+    # Adams methods of variable order carry on the corrected value, backward differentiation formulas do not.
+    return METHODS[name].error_order == METHODS[name].order + 1 or name == "prox_bdf"
 
 
 def problems(name: str) -> list[Problem]:
@@ -253,7 +254,8 @@ def allowed(name: str) -> float:
 
 def many_steps(name: str, problem: Problem) -> bool:
     """Implicit methods on problems that are not stiff: one of them is enough for every day."""
-    return implicit_tableau(name) and (name == "sdirk2" or problem is not problems(name)[1])
+    implicit = implicit_tableau(name) or name == "prox_bdf"
+    return implicit and (name == "sdirk2" or problem is not problems(name)[1])
 
 
 ACCURACY = [(name, problem) for name in ADAPTIVE for problem in problems(name)]
