@@ -22,6 +22,7 @@ from .status import (
     SolveError,
     Status,
     StepUnderflowError,
+    StiffnessWarning,
     UnknownNameError,
     UnsupportedError,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "Status",
     "Step",
     "StepUnderflowError",
+    "StiffnessWarning",
     "UnknownNameError",
     "UnsupportedError",
     "install_as_torchdiffeq",

@@ -8,6 +8,7 @@ import math
 import numbers
 import operator
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ from .status import (
     ArgumentError,
     ArgumentTypeError,
     Status,
+    StiffnessWarning,
     UnknownNameError,
     UnsupportedError,
 )
@@ -111,7 +113,8 @@ def solve(
     Returns a :class:`~solvers.Solution`.
 
     Raises ``ArgumentError`` / ``ArgumentTypeError`` / ``UnknownNameError`` before any work for what cannot be used, and
-    one of ``NonFiniteError, StepUnderflowError, MaxStepsError, InnerSolverError`` after a failed solve.
+    one of ``NonFiniteError, StepUnderflowError, MaxStepsError, InnerSolverError`` after a failed solve. Warns with
+    ``StiffnessWarning`` after a solve in many steps that stability, not accuracy, had kept short.
     """
     field = callable_field(field)
     _check_field(field, args)
@@ -489,6 +492,8 @@ def _finish(plan: Plan, trajectory: Trajectory, stats: Stats, throw: bool) -> So
     if throw and not solution.success:
         worst = Status(int(status.max()))
         raise ERRORS[worst](solution.message, solution)
+    if solution.success:
+        _warn_of_stiffness(plan, trajectory, stats)
     return solution
 
 
@@ -542,16 +547,50 @@ def _remedy(plan: Plan, trajectory: Trajectory, status: Status, sample: int, sta
         if status == Status.MAX_STEPS
         else f"The solution may be singular here; else loosen rtol and atol or lower dt_min (now {plan.dt_min:g})"
     )
-    ratio = _stiffness(plan, trajectory, sample, stats)
-    if ratio is not None and ratio > STIFF * plan.method.real_limit:
-        text += f"; the step size is limited by stability (dt times the spectral radius is {ratio:.2g})"
-        stiff = next((name for name, m in METHODS.items() if m.implicit and m.demands is None), None)
-        text += f", try method={stiff!r}" if stiff else ""
-    return text
+    held = _held_back(plan, trajectory, sample, stats)
+    return f"{text}; {held}" if held else text
 
 
 STIFF = 0.6
 """Share of the method's stability limit that a controller keeps to where stability, not accuracy, limits the step."""
+MANY = 1000
+"""Accepted steps from which on it is worth the dozen calls of f to ask whether they had to be so many."""
+FOR_STIFF = ("auto", "prox_bdf", "esdirk547")
+"""Methods for any stiff problem: the first that there is."""
+
+
+def _warn_of_stiffness(plan: Plan, trajectory: Trajectory, stats: Stats) -> None:
+    """``StiffnessWarning`` after a long solve whose steps, where it ended, stability had limited."""
+    accepted = torch.as_tensor(stats.accepted).reshape(-1)
+    if not accepted.numel() or int(accepted.max()) < MANY:
+        return
+    held = _held_back(plan, trajectory, int(accepted.argmax()), stats)
+    if held:
+        warnings.warn(
+            f"{plan.method.name} took {int(accepted.max())} steps: {held}", StiffnessWarning, stacklevel=_outside()
+        )
+
+
+def _outside() -> int:
+    """The ``stacklevel``, for a warning by the caller, of the first frame that is neither in this package nor in torch."""
+    level, frame = 2, sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith((f"{__package__}.", "torch.")):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _held_back(plan: Plan, trajectory: Trajectory, sample: int, stats: Stats) -> str | None:
+    """What to say of a sample whose steps stability limited where it ended; None of others."""
+    if not math.isfinite(plan.method.real_limit):
+        return None
+    ratio = _stiffness(plan, trajectory, sample, stats)
+    if ratio is None or ratio <= STIFF * plan.method.real_limit:
+        return None
+    names = [name for name in FOR_STIFF if name in METHODS]
+    return (
+        f"the step size is limited by stability (dt times the spectral radius is {ratio:.2g}), "
+        f"try method={names[0]!r}, or 'rkc2' for diffusion"
+    )
 
 
 @torch.no_grad()

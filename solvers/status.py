@@ -48,6 +48,10 @@ class UnsupportedError(ProxodeError, NotImplementedError):
     """A combination that is understood but not provided."""
 
 
+class StiffnessWarning(UserWarning):
+    """An explicit method was held to small steps by stability: an implicit or a stabilised one would take fewer."""
+
+
 class SolveError(ProxodeError, RuntimeError):
     """A solve failed. ``.solution`` holds everything that was reached before it did."""
 

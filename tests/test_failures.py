@@ -3,6 +3,7 @@
 import io
 import math
 import sys
+import warnings
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from solvers import (
     SolveError,
     Status,
     StepUnderflowError,
+    StiffnessWarning,
     solve,
 )
 
@@ -634,3 +636,42 @@ def test_progress_of_a_batch_with_a_sample_that_needs_no_step(monkeypatch):
     times = torch.tensor([[0.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
     assert solve(lambda t, y: -y, batch(1.0, 2.0, 3.0), times, batch_dim=0, progress=True).success
     assert "100.0 %" in sys.stderr.getvalue()
+
+
+# --- a long way that had not to be so long -----------------------------------------------------------------------------
+
+
+@modes
+@pytest.mark.parametrize("method", ["bosh3", "dopri5", "dop853"])
+def test_a_solve_that_stability_held_back_says_so_and_counts_what_that_took(mode, method):
+    y0, how = MODES[mode](double(1.0, 1.0))
+    calls = 0
+
+    def f(t, y):
+        nonlocal calls
+        calls += 1
+        return stiff(t, y)
+
+    with pytest.warns(StiffnessWarning, match=rf"{method} took .* stability .*try method='\w+', or 'rkc2'") as caught:
+        solution = solve(f, y0, [0.0, 1.0], method=method, rtol=1e-4, **how)
+    assert solution.stats.nfe == calls
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize("problem", NOT_STIFF)
+def test_a_long_solve_that_accuracy_asks_for_is_not_blamed(problem):
+    f, end = NOT_STIFF[problem]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solution = solve(
+            f, double(1.0, 0.5), [0.0, end], rtol=1e-9, atol=1e-12, throw=False, max_steps=1500,
+            observer=lambda step, seen=[]: seen.append(1) or len(seen) >= 1100,
+        )  # fmt: skip
+    assert int(solution.status) >= 0
+
+
+@pytest.mark.parametrize("method", ["rkc2", "rock4", "trbdf2"])
+def test_methods_that_take_long_steps_are_not_blamed(method):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solve(stiff, double(1.0, 1.0), [0.0, 0.2], method=method, rtol=1e-4, dt_max=1e-4)
