@@ -272,7 +272,7 @@ class GraphOperator:
 def laplacian_operator(graph: Graph, kind: str = "combinatorial") -> GraphOperator:
     """The Laplacian with its normalisation worked out, one sparse product each; ``-laplacian_operator(g)`` is heat flow.
 
-    The diagonal stands on loops among the edges, which takes a third of the time of a product and a sum (`python -m
+    The diagonal stands on loops among the edges, which takes a half to a third of the time of a product and a sum (`python -m
     benchmarks run graph-kernels`). ``kind`` and errors as of ``laplacian``. Without weights it is worked out in float64.
 
     Its bound of the spectral radius, without weights below 0: twice the largest diagonal entry; for the symmetric

@@ -330,6 +330,24 @@ def test_torch_func_agrees_with_itself(name):
     torch.testing.assert_close(pull, torch.func.jvp(lambda y: energy(0.0, y), (y,), (v,))[1])
 
 
+def test_results_do_not_depend_on_repetition_or_threads():
+    graph = random_graph(300, 6000).with_weight(torch.rand(6000))
+    x = torch.randn(300, 8, requires_grad=True)
+    operator, energy = go.laplacian_operator(graph), go.PeronaMalik(graph, 0.5, isotropic=True)
+
+    def everything():
+        out = go.divergence(graph, go.gradient(graph, x)) + operator.rmatvec(x) + energy(0.0, x)
+        return [out.detach(), *torch.autograd.grad(out.square().sum() + energy.energy(0.0, x), x)]
+
+    known, threads = everything(), torch.get_num_threads()
+    try:
+        for repeat in range(20):
+            torch.set_num_threads(1 + repeat % 2)
+            assert all(map(torch.equal, everything(), known))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def compiled_equals_eager(function, inputs):
     torch._dynamo.reset()
     outputs = [run(*inputs) for run in (torch.compile(function, fullgraph=True, backend="aot_eager"), function)]
