@@ -17,7 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import scipy.sparse
 import torch
@@ -355,6 +355,30 @@ def positive(value: float | Tensor, name: str) -> None:
         raise ArgumentError(f"{name} must be above 0, not {number}")
 
 
+def divergence_of_pairs(pairs: Graph, conductance: Tensor, change: Tensor) -> Tensor:
+    """What the flow conductance x change along each pair brings to its target and takes from its source."""
+    into, out = (weighted_sum(ends, conductance, change) for ends in (pairs.incoming, pairs.outgoing))
+    return into - out
+
+
+@dataclass(frozen=True, eq=False)
+class Diffusion:
+    """x -> div(c grad x) with a ``conductance`` w c of each of ``pairs``, ``(E,)``: a symmetric linear field."""
+
+    pairs: Graph
+    conductance: Tensor
+    symmetric: ClassVar[bool] = True
+
+    def matvec(self, x: Tensor) -> Tensor:
+        """A x, ``(n, ...) -> (n, ...)``."""
+        return divergence_of_pairs(self.pairs, self.conductance, gradient(self.pairs, widened(x))).to(x.dtype)
+
+    rmatvec = matvec
+
+    def __call__(self, t: Any, y: Tensor) -> Tensor:
+        return self.matvec(y)
+
+
 @dataclass(frozen=True, eq=False)
 class Energy(ABC):
     """F(x) = 1/2 sum over edges of w Phi(|x_j - x_i|), as the field -grad F that is called as ``f(t, y)``.
@@ -412,18 +436,25 @@ class Energy(ABC):
             return per_graph(self.graph, self.density(self._slopes(weighted(squares, weight))))
         return per_graph(self.pairs, weighted(self.density(squares), weight), self.pairs.target)
 
-    def __call__(self, t: Any, y: Tensor) -> Tensor:
-        """-grad F(y), like ``y``."""
-        change, weight = self._change(y)
+    def _conductance(self, change: Tensor, weight: Tensor | None) -> Tensor:
+        """w c of each pair."""
         squares = lengths(change)
         if self.isotropic:
             at_nodes = self.diffusivity(self._slopes(weighted(squares, weight)))
             c = (gather(self.pairs.incoming, at_nodes) + gather(self.pairs.outgoing, at_nodes)) / 2
         else:
             c = self.diffusivity(squares)
-        c = weighted(c, weight)
-        into, out = (weighted_sum(edges, c, change) for edges in (self.pairs.incoming, self.pairs.outgoing))
-        return (into - out).to(y.dtype)
+        return weighted(c, weight)
+
+    def __call__(self, t: Any, y: Tensor) -> Tensor:
+        """-grad F(y), like ``y``."""
+        change, weight = self._change(y)
+        return divergence_of_pairs(self.pairs, self._conductance(change, weight), change).to(y.dtype)
+
+    def operator(self, t: Any, y: Tensor) -> Diffusion:
+        """The linear diffusion with the diffusivity at ``y`` held fixed, of which ``matvec(y)`` is the field: what
+        semi-implicit methods solve with."""
+        return Diffusion(self.pairs, self._conductance(*self._change(y)))
 
 
 @dataclass(frozen=True, eq=False)

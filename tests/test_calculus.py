@@ -546,6 +546,34 @@ def test_solved_on_a_grid_they_are_the_solved_stencils(name, method):
     assert (values.diff() < 0).all()
 
 
+@pytest.mark.parametrize("isotropic", [False, True])
+@pytest.mark.parametrize("name", ["perona_malik", "total_variation"])
+def test_the_operator_of_a_field_is_symmetric_dissipative_and_gives_the_field(name, isotropic):
+    graph = awkward(DOUBLE)
+    energy, y = ENERGIES[name](graph, isotropic=isotropic), at_nodes(graph, 2)
+    operator = energy.operator(0.0, y)
+    torch.testing.assert_close(operator.matvec(y), energy(0.0, y))
+    matrix = operator.matvec(torch.eye(7, dtype=DOUBLE))
+    torch.testing.assert_close(matrix, matrix.t())
+    torch.testing.assert_close(operator.rmatvec(y), matrix.t() @ y)
+    assert torch.linalg.eigvalsh(matrix).max() < 1e-12
+
+
+@pytest.mark.skipif("semi_implicit_euler" not in solvers.METHODS, reason="no method semi_implicit_euler yet")
+def test_semi_implicit_steps_are_stable_at_any_length_and_of_first_order():
+    """Without the maximum principle a step of 50, two hundred times the explicit limit, would leave the range of the image."""
+    image = torch.rand(16 * 16, dtype=DOUBLE)
+    energy = go.PeronaMalik(go.Graph.grid((16, 16)), 0.2)
+    how = dict(method="semi_implicit_euler", save="steps")
+    y = solve(energy, image, torch.tensor([0, 500], dtype=DOUBLE), num_steps=10, **how).y
+    assert (y.amax(1).diff() <= 1e-9).all() and (y.amin(1).diff() >= -1e-9).all()
+    torch.testing.assert_close(y.sum(1), image.sum().expand(11), rtol=1e-9, atol=0)
+    times = torch.tensor([0, 1], dtype=DOUBLE)
+    exact = solve(energy, image, times, method="dopri5", rtol=1e-10, atol=1e-10).y[-1]
+    errors = [error(solve(energy, image, times, num_steps=n, **how).y[-1], exact) for n in (20, 40)]
+    assert 0.9 < math.log2(errors[0] / errors[1]) < 1.15
+
+
 def test_energy_falls_at_every_step_of_an_implicit_solve_however_long():
     graph = go.Graph.knn(torch.rand(40, 2, dtype=DOUBLE), 4)
     energy = go.TotalVariation(graph, 0.1)
