@@ -128,6 +128,7 @@ def solve(
     steering = _choose_controller(controller, scheme, fixed)
     derivative = _choose("adjoint", ADJOINTS, adjoint, Adjoint)
     scheme, steering, derivative = _apply_options(scheme, steering, derivative, inner, options)
+    scheme = scheme if fixed is None else scheme.at_fixed_steps()
     scheme.check(layout)
     error_norm = ErrorNorm(layout, rtol, atol, norm)
     jumps = _check_jumps(jumps, layout)

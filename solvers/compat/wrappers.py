@@ -75,6 +75,9 @@ class Wrapped(Method):
     def controller(self) -> str:  # type: ignore[override]
         return self.wrapped.controller
 
+    def at_fixed_steps(self) -> Method:
+        return replace(self, wrapped=self.wrapped.at_fixed_steps())
+
     def init(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor | None) -> Any:
         return self.wrapped.init(field, t0, dt, y0, f0)
 

@@ -82,6 +82,10 @@ class Method(ABC):
             raise ArgumentError(f"method {self.name!r} has no inner solver: leave inner={inner!r} away")
         return None
 
+    def at_fixed_steps(self) -> Method:
+        """The method for steps that cannot be made smaller."""
+        return self
+
     def check(self, layout: Any) -> None:
         """Raise ``UnsupportedError`` / ``ArgumentError`` for a state that the method can't take; calls no f."""
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
@@ -126,6 +126,9 @@ class ImplicitRungeKutta(Method):
             names = ", ".join(repr(name) for name, item in INNER_OPTIMIZERS.items() if hasattr(item, "filtered"))
             raise ArgumentError(f"method {self.name!r} needs a Newton iteration, inner= one of {names}")
         return inner
+
+    def at_fixed_steps(self) -> ImplicitRungeKutta:
+        return replace(self, inner=replace(self.inner, patient=True)) if isinstance(self.inner, Newton) else self
 
     def check(self, layout: Any) -> None:
         self.inner.chosen(layout)

@@ -41,12 +41,14 @@ DENSE_LIMIT = 400
 
 
 class NewtonState(NamedTuple):
-    """lin: J. fresh: samples whose J is of this step. point: the iterate, if its residual is known. before: norm of the last
-    correction (0: none yet). rate: the largest ratio of corrections. floor: what rounding leaves of a correction. expected:
-    what a first correction leaves, in units of its own size, by the ratios of earlier steps."""
+    """lin: J. fresh: samples whose J is of this step. full: samples that take J anew at every iterate. point: the iterate, if
+    its residual is known. before: norm of the last correction (0: none yet). rate: the largest ratio of corrections. floor:
+    what rounding leaves of a correction. expected: what a first correction leaves, in units of its own size, by the ratios of
+    earlier steps."""
 
     lin: Linearisation
     fresh: Any
+    full: Any
     point: Point | None
     before: Any
     rate: Any
@@ -59,7 +61,9 @@ class NewtonState(NamedTuple):
 class Newton(InnerOptimizer):
     """z' = z - M^-1 r(z), M = I - g A x J, with J from the start of the step or from an earlier one (HW IV.8).
 
-    A sample whose iteration is slow with an older J starts again with a new one; with a new one it is given up.
+    A sample whose iteration is slow with an older J starts again with a new one; with a new one it is given up, or, if
+    ``patient``, starts from the state before the step with J of every iterate: the last resort where the step cannot be made
+    smaller.
 
     ``kind``: "dense", LU of each sample's matrix; "sparse", SuperLU on the CPU, joint mode; "auto", sparse where
     ``jac_sparsity`` is given, else dense up to 400 unknowns a sample, else "newton_krylov".
@@ -72,6 +76,7 @@ class Newton(InnerOptimizer):
     """
 
     kind: str = "dense"
+    patient: bool = False
     _: KW_ONLY
     jac: Callable[..., Any] | None = None
     jac_sparsity: Any = None
@@ -152,11 +157,13 @@ class Newton(InnerOptimizer):
         # Nor does an earlier step's ratio say what it does to this one.
         rate = ops.where(known & (memory.rate > 0) & (not aged), memory.rate, 1.0)
         expected = ops.where(rate < 1.0, rate / ops.maximum(1.0 - rate, 1e-3), FIRST)
-        return NewtonState(lin, fresh, point, zero, zero, floor, expected, memory)
+        return NewtonState(lin, fresh, unknown & False, point, zero, zero, floor, expected, memory)
 
     def step(self, problem: Any, z: Tensor, r: Tensor, state: NewtonState, running: Any) -> InnerStep:
         ops = problem.ops
         point = state.point or problem.evaluate(z)
+        if state.point is None and any_true(state.full & running):
+            state = self._renewed(problem, point, state, state.full & running)
         delta = self.correction(problem, point, state, running)
         size = problem.norm(delta)
         known = state.before > 0
@@ -165,29 +172,43 @@ class Newton(InnerOptimizer):
         rounding = (size <= state.floor) | ((rate > SLOW) & (size <= STALLED * state.floor))
         left = ops.where(rounding, 0.0, left)
         slow = (rate >= SLOW) | (left * rate ** AHEAD[self.kind] > problem.tol)
-        hopeless = (left > problem.tol) & ops.where(state.fresh, rate >= DIVERGED, slow) | ops.invert(ops.isfinite(size))
-        left = ops.where(hopeless, ops.where(state.fresh, math.nan, math.inf), left)
+        lost = ops.where(state.full, False, ops.where(state.fresh, rate >= DIVERGED, slow))
+        hopeless = (left > problem.tol) & lost | ops.invert(ops.isfinite(size))
+        last = state.full if self.patient else state.fresh
+        left = ops.where(hopeless, ops.where(last, math.nan, math.inf), left)
         state = state._replace(
             point=None,
             before=ops.where(running, size, state.before),
             rate=ops.where(running, ops.maximum(state.rate, rate), state.rate),
         )
-        return InnerStep(z - delta, point.r, state, None, left)
+        return InnerStep(point.z - delta, point.r, state, None, left)
 
     def correction(self, problem: Any, point: Point, state: NewtonState, running: Any) -> Tensor:
         """M^-1 r."""
         return state.lin.solve(problem, point.r)
 
     def resume(self, problem: Any, point: Point, state: NewtonState, again: Any) -> NewtonState:
-        t, y = _origin(problem, point)
-        cache = state.memory.cache
-        new = cache.renew(problem, t, y, again, self.take)
-        lin = cache.merged(problem, again, new, state.lin)
-        lin.exact = problem.g
+        full = state.full | (again & state.fresh)
         before = problem.ops.where(again, 0.0, state.before)
         rate = problem.ops.where(again, 0.0, state.rate)
         expected = problem.ops.where(again, FIRST, state.expected)
-        return state._replace(lin=lin, fresh=state.fresh | again, point=point, before=before, rate=rate, expected=expected)
+        origin = _origin(problem, point)
+        if any_true(again & full):
+            # Iterations that diverged may have left the neighbourhood of the solution that belongs to this step.
+            start = problem.evaluate(torch.cat([origin[1]] * len(problem.times), -1))
+            point = Point(*(problem.keep(again & full, new, old) for new, old in zip(start, point, strict=True)))
+        fresh = state.fresh | again
+        state = state._replace(fresh=fresh, full=full, point=point, before=before, rate=rate, expected=expected)
+        return self._renewed(problem, point, state, again, origin)
+
+    def _renewed(self, problem: Any, point: Point, state: NewtonState, mask: Any, origin: Any = None) -> NewtonState:
+        """``state`` with J of the samples in ``mask`` taken at ``origin``, else at the iterate (its last stage)."""
+        t, y = origin or _place(problem, problem.times[-1], problem.split(point.z)[-1])
+        cache = state.memory.cache
+        new = cache.renew(problem, t, y, mask, self.take)
+        lin = cache.merged(problem, mask, new, state.lin)
+        lin.exact = problem.g
+        return state._replace(lin=lin)
 
     def memory(self, problem: Any, state: NewtonState) -> Memory:
         lin, ops = state.lin, problem.ops
@@ -230,8 +251,11 @@ def _origin(problem: StageProblem, point: Point) -> tuple[Any, Tensor]:
     """Where J is taken: t, float or ``(B,)``, and the state."""
     if problem.origin is not None:
         return problem.origin
-    t = problem.times[0]
-    return (t.item() if problem.layout.joint else t.double()), point.z
+    return _place(problem, problem.times[0], point.z)
+
+
+def _place(problem: Any, t: Tensor, y: Tensor) -> tuple[Any, Tensor]:
+    return (t.item() if problem.layout.joint else t.double()), y
 
 
 class _ById:
