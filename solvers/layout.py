@@ -157,6 +157,8 @@ class Layout:
         self.real_dtype = real_dtype(self.dtype)
         self.single = len(leaves) == 1
         self.is_tensor = self.single and isinstance(example, Tensor)
+        # Such a tuple needs no general tree functions, which cost more than a small state's own arithmetic.
+        self.flat_tuple = type(example) is tuple and all(isinstance(leaf, Tensor) for leaf in example)
         self.joint = batch_dim is None and batch_index is None
         self.ops = ScalarOps if self.joint else RowOps
         self.rows = 1 if self.joint else _count_rows(leaves, batch_dim, batch_index)
@@ -185,6 +187,8 @@ class Layout:
             leaves = [tree]
             if not isinstance(tree, Tensor):
                 raise ArgumentTypeError(f"{what} must be a tensor like the state, found {type(tree).__name__}")
+        elif self.flat_tuple and type(tree) is tuple and len(tree) == len(self.shapes):
+            leaves = list(tree)
         else:
             leaves, spec = pytree.tree_flatten(tree)
             if spec != self.spec and not (self.lenient and len(leaves) == len(self.shapes)):
@@ -193,6 +197,9 @@ class Layout:
         return flat[0] if self.single else torch.cat(flat, dim=-1)
 
     def _flatten_leaf(self, leaf: Any, i: int, what: str) -> Tensor:
+        if type(leaf) is Tensor and leaf.dtype == self.dtype == self.dtypes[i] and leaf.shape == self.shapes[i]:
+            if leaf.device == self.device:
+                return leaf.reshape(-1) if self.joint else leaf.reshape(self.rows, self.sizes[i])
         where = what if self.is_tensor else f"leaf {i} of {what}"
         if not isinstance(leaf, Tensor):
             raise ArgumentTypeError(f"{where} must be a tensor, found {type(leaf).__name__}")
@@ -223,12 +230,12 @@ class Layout:
         lead = flat.shape[: flat.dim() - len(self.shape)]
         if self.is_tensor and self.same_dtype:
             return flat.view(lead + self.shapes[0]) if flat.is_contiguous() else flat.reshape(lead + self.shapes[0])
-        parts = flat.split(self.sizes, dim=-1)
-        leaves = [
-            _narrow(part, dtype).reshape(lead + shape)
-            for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)
-        ]
-        return pytree.tree_unflatten(leaves, self.spec)
+        parts = torch.split_with_sizes(flat, self.sizes, -1)
+        if not self.same_dtype:
+            parts = [_narrow(part, dtype) for part, dtype in zip(parts, self.dtypes, strict=True)]
+        shapes = [lead + shape for shape in self.shapes] if lead else self.shapes
+        leaves = [part if part.shape == shape else part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return tuple(leaves) if self.flat_tuple else pytree.tree_unflatten(leaves, self.spec)
 
     def unpack(self, tensors: list[Tensor]) -> Any:
         """One tensor per leaf (of any shape) as a tree like the state."""

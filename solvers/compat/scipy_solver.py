@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.integrate
+import scipy
 import torch
 from torch import Tensor
 

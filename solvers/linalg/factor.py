@@ -9,10 +9,8 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import scipy.sparse
-import scipy.sparse.linalg
+import scipy
 import torch
-from scipy.linalg import lapack
 from torch import Tensor
 
 
@@ -23,7 +21,7 @@ class HostFactor:
     def __init__(self, jacobian: np.ndarray, g: complex) -> None:
         matrix = -g * jacobian
         matrix[np.diag_indices_from(matrix)] += 1.0
-        self.complex = np.iscomplexobj(matrix)
+        self.complex, lapack = np.iscomplexobj(matrix), scipy.linalg.lapack
         factor, self._solve = (lapack.zgetrf, lapack.zgetrs) if self.complex else (lapack.dgetrf, lapack.dgetrs)
         self.lu, self.pivots, info = factor(matrix)
         self.good = info == 0

@@ -279,7 +279,7 @@ def require(name: str, condition: str, row: Row, phi: Row, target: float) -> Non
 
 def _checked(order: int, weights: dict[RootedTree, list[float]]) -> tuple[RootedTree, ...]:
     """Trees through ``order``, as far as their weights are known."""
-    return tuple(tree for tree in rooted_trees(order) if tree in weights)
+    return tuple(tree for tree in weights if tree.order <= order)
 
 
 def check_solution(tableau: Any, weights: dict[RootedTree, list[float]]) -> None:
