@@ -197,9 +197,9 @@ class Layout:
         return flat[0] if self.single else torch.cat(flat, dim=-1)
 
     def _flatten_leaf(self, leaf: Any, i: int, what: str) -> Tensor:
-        if type(leaf) is Tensor and leaf.dtype == self.dtype == self.dtypes[i] and leaf.shape == self.shapes[i]:
-            if leaf.device == self.device:
-                return leaf.reshape(-1) if self.joint else leaf.reshape(self.rows, self.sizes[i])
+        known = type(leaf) is Tensor and leaf.dtype == self.dtype == self.dtypes[i] and leaf.shape == self.shapes[i]
+        if known and leaf.device == self.device:
+            return leaf.reshape(-1) if self.joint else leaf.reshape(self.rows, self.sizes[i])
         where = what if self.is_tensor else f"leaf {i} of {what}"
         if not isinstance(leaf, Tensor):
             raise ArgumentTypeError(f"{where} must be a tensor, found {type(leaf).__name__}")
@@ -230,7 +230,7 @@ class Layout:
         lead = flat.shape[: flat.dim() - len(self.shape)]
         if self.is_tensor and self.same_dtype:
             return flat.view(lead + self.shapes[0]) if flat.is_contiguous() else flat.reshape(lead + self.shapes[0])
-        parts = torch.split_with_sizes(flat, self.sizes, -1)
+        parts: Any = torch.split_with_sizes(flat, self.sizes, -1)
         if not self.same_dtype:
             parts = [_narrow(part, dtype) for part, dtype in zip(parts, self.dtypes, strict=True)]
         shapes = [lead + shape for shape in self.shapes] if lead else self.shapes

@@ -35,6 +35,9 @@ SHORTER = 0.25
 """What becomes of the size of a step in which an event function is NaN."""
 
 
+IN_PLACE = "f changed its argument y in place, which is the solver's state: let it work on y.clone()"
+
+
 class Step(NamedTuple):
     """What an observer sees after a step: its end ``t``, ``dt``, the user's ``y``, the error in units of the tolerance
     (None for fixed steps) and, in the batched modes, which samples accepted it."""
@@ -171,12 +174,16 @@ class Trajectory(NamedTuple):
     events: Log | None = None
 
 
-def drive(plan: Plan, y0: Tensor, tape: Callable[[Record], None] | None = None) -> Trajectory:
+def drive(
+    plan: Plan, y0: Tensor, tape: Callable[[Record], None] | None = None, slope: Tensor | None = None
+) -> Trajectory:
     """Integrate the flat state ``y0`` over ``plan.clock``; gradients flow where autograd is enabled.
 
-    ``tape`` is called with a :class:`Record` of every step in which something was accepted.
+    ``tape`` is called with a :class:`Record` of every step in which something was accepted. ``slope``: f at the start, where
+    somebody has evaluated it; it counts as a call of f.
     """
     run: _Run = _JointRun(plan, y0, tape) if plan.layout.joint else _RowRun(plan, y0, tape)
+    run.first_slope = slope
     run.start()
     while run.running:
         run.attempt()
@@ -206,6 +213,7 @@ class _Run(ABC):
         self.lookout = Lookout(plan.events, plan.max_events, plan.field) if plan.events else None
         self.happened: list[tuple[Found, Chunk]] = []
         self.ready: Any = None
+        self.first_slope: Tensor | None = None
 
     def begin(self) -> None:
         """First evaluation, first step size, method and controller state."""
@@ -213,9 +221,10 @@ class _Run(ABC):
         if self.lookout is not None:
             self.lookout.begin(self.t, self.y)
         version = None if self.y.is_inference() else self.y._version
-        f0 = self.slope(self.y)
+        f0 = self.slope(self.y) if self.first_slope is None else self.first_slope
+        self.nfe += self.first_slope is not None
         if version is not None and self.y._version != version:
-            raise ArgumentError("f changed its argument y in place, which is the solver's state: let it work on y.clone()")
+            raise ArgumentError(IN_PLACE)
         with torch.no_grad():
             self.defined = self.layout.finite(f0) if self.readable else True
             self.dt = self._first_dt(f0)

@@ -139,7 +139,7 @@ class Continuous(Sweep):
 
     def forward(self, tensors: Sequence[Tensor]) -> tuple[Trajectory, list[Tensor]]:
         plan = self.inputs.rebind(self.plan, self.inputs.detached(tensors))
-        trajectory = drive(plan, tensors[0].detach())
+        trajectory = drive(plan, tensors[0].detach(), slope=self.inputs.captured.slope)
         self.times, self.t_last = trajectory.t.detach(), trajectory.t_last
         return trajectory, []
 
@@ -334,7 +334,7 @@ class _Dynamics:
 
     def __init__(self, field: Field, parameters: list[Tensor], known: list[Tensor], through: bool) -> None:
         self.field, self.parameters, self.through = field, parameters, through
-        self.strangers = Strangers(known)
+        self.strangers = Strangers(known, field.func)
         self.stats = Stats()
 
     def __call__(self, t: Tensor, state: Any) -> Any:

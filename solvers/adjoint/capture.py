@@ -16,16 +16,34 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..events import evaluate
-from ..status import UnsupportedError
+from ..loop import IN_PLACE
+from ..status import ArgumentError, UnsupportedError
 
 
 class Captured(NamedTuple):
     """``tensors``: to be differentiated for. ``through``: whether replays must differentiate through graphs that existed
-    before the solve, and so must not free them. ``work``: calls of f that the search took."""
+    before the solve, and so must not free them. ``work``: calls of f that the search took beside that at the start of the
+    solve, whose value is ``slope``."""
 
     tensors: tuple[Tensor, ...]
     through: bool
     work: int
+    slope: Tensor
+
+
+class Given:
+    """f, with the times handed to it that it has marked as requiring a gradient, and at the start parts of the state, too:
+    leaves of its graph that nobody differentiates for. Flows with a divergence in them do so at each call."""
+
+    def __init__(self, func: Callable[..., Any]) -> None:
+        self.func = func
+        self.marked: list[Tensor] = []
+
+    def __call__(self, t: Tensor, y: Any, *args: Any) -> Any:
+        dy = self.func(t, y, *args)
+        if t.requires_grad and t.is_leaf:
+            self.marked.append(t)
+        return dy
 
 
 def find(plan: Any, y0: Tensor) -> Captured:
@@ -36,35 +54,41 @@ def find(plan: Any, y0: Tensor) -> Captured:
     no other captured tensor, and that the evaluation showed by name. Else the leaves behind it are taken instead.
     """
     field = plan.field.renewed(pytree.tree_map_only(Tensor, Tensor.detach, plan.field.args), None)
+    given = plan.field.func
     parameters = [p for module in _modules(plan) for p in module.parameters() if p.requires_grad]
     direct: dict[int, Tensor] = {id(p): p for p in parameters}
     with torch.enable_grad():
         start = _sequence_number()
-        roots = _evaluate(plan, field, y0)
+        roots, parts = _evaluate(plan, field, y0)
+        slope = roots[0].detach().clone()
         leaves, crossings = _boundary(roots, start)
-        direct.update(leaves)
+        own = {id(x) for x in (*parts, *given.marked)}
+        direct.update((key, leaf) for key, leaf in leaves.items() if key not in own)
+        given.marked.clear()
         if not crossings:
             # Nodes are numbered per thread: elsewhere than in the main one, older graphs may pass for new.
-            return Captured(tuple(direct.values()), threading.current_thread() is not threading.main_thread(), 1)
+            return Captured(tuple(direct.values()), threading.current_thread() is not threading.main_thread(), 0, slope)
         # Alive until here, because the graph's nodes are what the second evaluation's tensors are compared with.
         with _Watch() as watch:
             _evaluate(plan, field, y0)
+        given.marked.clear()
     named = {edge: watch.seen[edge] for edge in crossings if edge in watch.seen}
     behind, mixed = _behind(crossings, direct)
     if len(named) == len(crossings) and not mixed:
-        return Captured((*direct.values(), *named.values()), False, 2)
+        return Captured((*direct.values(), *named.values()), False, 1, slope)
     direct.update(behind)
-    return Captured(tuple(direct.values()), True, 2)
+    return Captured(tuple(direct.values()), True, 1, slope)
 
 
 class Strangers:
     """Looks for leaves that a replay has met and nobody knows.
 
     Args:
-        known: the tensors that the replay is differentiated for.
+        known: the tensors that the replay is differentiated for. given: f, a :class:`Given`.
     """
 
-    def __init__(self, known: Iterable[Tensor]) -> None:
+    def __init__(self, known: Iterable[Tensor], given: Any) -> None:
+        self._given = given
         self._tensors = list(known)
         self._ids = {id(x) for x in self._tensors}
         # A known tensor with a history hides what lies behind it.
@@ -72,7 +96,7 @@ class Strangers:
 
     def refuse(self, roots: Iterable[Tensor], own: Iterable[Tensor]) -> None:
         """Raise ``UnsupportedError`` if the graphs of ``roots`` lead to a leaf that is neither known nor ``own``."""
-        known = self._ids.union(map(id, own))
+        known = self._ids.union(map(id, own), map(id, self._given.marked))
         for leaf in _leaves([x.grad_fn for x in roots if x.grad_fn is not None], set(self._hidden)):
             if id(leaf) not in known:
                 raise UnsupportedError(
@@ -80,6 +104,7 @@ class Strangers:
                     "use at the start of the solve, so its gradient would be lost: pass it in args=, or use "
                     "adjoint='backprop'"
                 )
+        self._given.marked.clear()
 
 
 def _modules(plan: Any) -> Iterator[nn.Module]:
@@ -94,9 +119,15 @@ def _modules(plan: Any) -> Iterator[nn.Module]:
                 yield thing
 
 
-def _evaluate(plan: Any, field: Any, y0: Tensor) -> list[Tensor]:
+def _evaluate(plan: Any, field: Any, y0: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """What f and all the others return, f's first, and the parts of the state that f was given."""
     y = y0.detach()
-    roots: list[Any] = [field(field.time(plan.clock.start), y)]
+    parts = plan.layout.unflatten(y)
+    version = None if y.is_inference() else y._version
+    slope = field.func(field.time(plan.clock.start), parts, *field.args)
+    roots: list[Any] = [plan.layout.flatten(slope, "the value returned by f")]
+    if version is not None and y._version != version:
+        raise ArgumentError(IN_PLACE)
     for number, event in enumerate(plan.events):
         roots.append(evaluate(plan.events, number, field, plan.clock.start, y))
         if event.reset is not None:
@@ -107,7 +138,7 @@ def _evaluate(plan: Any, field: Any, y0: Tensor) -> list[Tensor]:
             time = torch.as_tensor(jump.t, dtype=torch.float64, device=y.device).detach()
             time = time if plan.layout.joint else time.expand(plan.layout.batch)
             roots += pytree.tree_leaves(jump.map(field.time(time), plan.layout.unflatten(y)))
-    return [x for x in roots if isinstance(x, Tensor)]
+    return [x for x in roots if isinstance(x, Tensor)], pytree.tree_leaves(parts)
 
 
 def _sequence_number() -> int:

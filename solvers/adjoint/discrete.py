@@ -143,7 +143,7 @@ class Discrete(Sweep):
         if not plan.method.one_step:
             # The lengths of past steps are part of the state, and have to be tensors where they carry a gradient.
             plan.clock.differentiable = self.plan.clock.differentiable
-        trajectory = drive(plan, tensors[0].detach(), self.tape)
+        trajectory = drive(plan, tensors[0].detach(), self.tape, self.inputs.captured.slope)
         if not plan.layout.joint:
             self.taken = trajectory.counts["accepted"] + 1
             self.reached = trajectory.status == Status.SUCCESS
@@ -277,7 +277,7 @@ class _Replay:
         self.graph = self.clock.differentiable
         # t is met through the clock only.
         self.constants = [x for x in self.inputs[2:] if x.requires_grad]
-        self.strangers = Strangers(self.inputs)
+        self.strangers = Strangers(self.inputs, self.plan.field.func)
         self.sums = _Sums()
         self.stats = Stats()
         self.y: Any = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -107,12 +108,15 @@ def solve_whole(
         return drive(plan, y0)
     if transforms_active():
         raise UnsupportedError(f"torch.func transforms need adjoint='backprop', found {sweep.name!r}")
+    field = copy.copy(plan.field)
+    field.func = capture.Given(field.func)
+    plan = dataclasses.replace(plan, field=field)
     captured = capture.find(plan, y0)
     known = {id(x) for x in captured.tensors}
     captured = captured._replace(tensors=captured.tensors + tuple(x for x in more if id(x) not in known))
     inputs = Inputs(plan, y0, captured)
     if not any(x.requires_grad for x in inputs.tensors):
-        return _counted(drive(plan, y0), captured.work)
+        return _counted(drive(plan, y0, slope=captured.slope), captured.work)
     if plan.dense:
         raise UnsupportedError(
             f"adjoint={sweep.name!r} does not differentiate dense output: use adjoint='backprop', or solve under no_grad"

@@ -8,6 +8,7 @@ method, tolerance, norm or grid for it, or callbacks on its steps.
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ from ..loop import Plan, Trajectory, drive
 from ..norms import ErrorNorm, rms
 from ..status import ArgumentError, ArgumentTypeError
 from . import classes
-from .event import check_event_times, refuse_events, solve_event
+from .errors import CheckTypeError
+from .event import check_event_times, solve_event
 from .odeint import Problem
 from .options import SCIPY, Choice, callbacks, choose, on_grid
 from .wrappers import perturbed
@@ -68,9 +70,9 @@ def odeint_adjoint(
         check_event_times(problem.t)
     solver = classes.own(method)
     if solver is not None:
-        refuse_events(event_fn, method)
+        classes.refuse(method, batch_dim)
         _parameters(func, adjoint_params, False)
-        return classes.run(solver, func, y0, problem.t, rtol, atol, method, options)
+        return classes.run(solver, func, y0, problem.t, rtol, atol, method, options, event_fn, args)
     choice = choose(method, options, func, y0, problem.t)
     request = Request(adjoint_method, adjoint_options, adjoint_rtol, adjoint_atol)
     backward = _backward(problem, choice, request, adjoint_params)
@@ -97,14 +99,16 @@ class Label:
         self.adjoint_options, self.adjoint_params = adjoint_options, params
 
 
-def find_parameters(module: nn.Module) -> tuple[Tensor, ...]:
+def find_parameters(module: nn.Module) -> list[Tensor]:
     """The parameters of ``module``; in a replica of DataParallel, which has none, the tensors that stand for them."""
+    if not isinstance(module, nn.Module):
+        raise CheckTypeError(f"module must be an nn.Module, found {type(module).__name__}")
     if getattr(module, "_is_replica", False):
         found = []
         for part in module.modules():
             found += [x for x in vars(part).values() if isinstance(x, Tensor) and x.requires_grad]
-        return tuple(found)
-    return tuple(module.parameters())
+        return found
+    return list(module.parameters())
 
 
 def _parameters(func: Any, given: Any, custom_norm: bool) -> tuple[tuple[Tensor, ...], bool]:
@@ -151,25 +155,49 @@ def _backward(problem: Problem, choice: Choice, request: Request, adjoint_params
     usual: Any = default if flat else norm if not isinstance(problem.y0, tuple) else _per_part(norm, problem.y0)
     label = Label(chosen | {"norm": usual}, params)
     name = choice.name if method is None else method
+    if classes.own(name) is not None:
+        warnings.warn(
+            f"adjoint_method={name!r} is a solver class, which cannot solve the backward ODE here: the gradient is that of the "
+            "steps taken",
+            stacklevel=4,
+        )
+        name, options, chosen = choice.name, None, dict(choice.options)
     backward = choice
     if name != choice.name or options is not None:
         rest = {key: value for key, value in chosen.items() if key not in ("norm", "grid_constructor")}
         backward = choose(name, rest, problem.func, problem.y0, problem.t)
-    watch = callbacks(problem.func, backward, lambda y: y, "_adjoint")
-    stops = choice.keywords.get("jumps") is not None
-    exact = not (
-        (callable(norm) and not stops)
+    watch = callbacks(problem.func, backward, _seen_backward(problem.y0), "_adjoint")
+    # The backward ODE cannot be solved past jumps; steps taken again have them.
+    exact = choice.keywords.get("jumps") is not None or not (
+        callable(norm)
         or watch is not None
         or choice.name == SCIPY
         or name != choice.name
         or "grid_constructor" in chosen
         or "perturb" in chosen
-        or (options is not None and any(key != "norm" for key in chosen))
+        or any(key not in FORWARD and not _same(x, choice.options.get(key)) for key, x in chosen.items())
         or _differs(request.rtol, problem.rtol)
         or _differs(request.atol, problem.atol)
     )
     rtol, atol = (None if x is None else _smallest(x) for x in (request.rtol, request.atol))
-    return TwoWays(exact, label, usual, backward.watched(watch), rtol, atol, named, callable(norm))
+    other = backward is not choice
+    return TwoWays(exact, label, usual, backward.watched(watch), rtol, atol, named, callable(norm) or watch is not None, other)
+
+
+FORWARD = ("norm", "step_t", "jump_t")
+"""Options of the backward ODE that need not make the steps of the solve, taken again, another answer."""
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and bool((a == b).all())
+    return a is b or a == b
+
+
+def _seen_backward(y0: Any) -> Callable[[Any], Any]:
+    """The backward state (y, adj_y, *params) as callbacks of torchdiffeq see it, (t, y, adj_y, *params)."""
+    shape = y0.shape if isinstance(y0, Tensor) else (-1,)
+    return lambda state: (state[0].new_zeros(()), state[0].view(shape), state[1].view(shape), *state[2:])
 
 
 def _differs(given: Any, usual: Any) -> bool:
@@ -227,7 +255,8 @@ class TwoWays(Adjoint):
 
     exact: the first, unless the norm in ``label`` is another one than ``norm`` when the backward pass comes. backward: the
     method and options of the backward ODE. named: whether the parameters are all that is differentiated for. asked: whether
-    the norm is the caller's. final: exact whatever becomes of the norm: an event ends the solve.
+    the backward state is to hold the parameters, since somebody looks at it. other: whether the backward ODE has a method or
+    options of its own. final: exact whatever becomes of the norm: an event ends the solve.
     """
 
     exact: bool
@@ -238,6 +267,7 @@ class TwoWays(Adjoint):
     atol: float | None
     named: bool
     asked: bool
+    other: bool = False
     final: bool = False
 
     @property
@@ -281,8 +311,6 @@ class TwoWays(Adjoint):
         if plan.layout.joint and self.full:
             norm = ErrorNorm(plan.layout, plan.norm.rtol, plan.norm.atol, self._measure(plan, parameters))
         controller = choice.controller or CONTROLLERS[choice.method.controller]
-        if not plan.controller.adaptive and controller.adaptive:
-            controller = plan.controller
         field = Field(plan.field.func, plan.layout, (), plan.field.time_dtype, norm)
         plan = dataclasses.replace(plan, norm=norm, field=field, controller=controller)
         if self.label.adjoint_options.get("perturb"):
@@ -303,6 +331,23 @@ class TwoWays(Adjoint):
         return measure
 
     shape: Any = (-1,)
+
+
+def _with_steps_of(choice: Choice, plan: Plan) -> Plan:
+    """``plan`` with the kind and limits of steps that ``choice`` asks for."""
+    assert plan.times is not None
+    given = choice.keywords
+    times = plan.times._replace(fixed=None if choice.adaptive else given.get("dt", "grid"))
+    return dataclasses.replace(
+        plan,
+        times=times,
+        clock=times.clock(plan.layout, plan.jumps),
+        controller=choice.controller or CONTROLLERS[choice.method.controller],
+        dt_min=given.get("dt_min", 0.0),
+        dt_max=given.get("dt_max", math.inf),
+        force_dt_min=given.get("force_dt_min", False),
+        max_steps=choice.max_steps,
+    )
 
 
 def _on_grids(plan: Plan, build: Any) -> Plan:
@@ -337,7 +382,8 @@ class _Either(Sweep):
         if self.discrete is not None:
             trajectory, saved = self.discrete.forward(tensors)
         else:
-            trajectory, saved = drive(self.inputs.rebind(self.plan, self.inputs.detached(tensors)), tensors[0].detach()), []
+            plan = self.inputs.rebind(self.plan, self.inputs.detached(tensors))
+            trajectory, saved = drive(plan, tensors[0].detach(), slope=self.inputs.captured.slope), []
         self.times, self.t_last = trajectory.t.detach(), trajectory.t_last
         return trajectory, saved
 
@@ -348,7 +394,8 @@ class _Either(Sweep):
             self.discrete.of_events = self.of_events
             found = self.discrete.backward(tensors, saved, values, last, needed)
         else:
-            continuous = Continuous(self.plan, self.inputs, self.stats, options=adjoint.options())
+            plan = _with_steps_of(adjoint.backward, self.plan) if adjoint.other else self.plan
+            continuous = Continuous(plan, self.inputs, self.stats, options=adjoint.options())
             continuous.times, continuous.t_last = self.times, self.t_last
             found = continuous.backward(tensors, saved[-2:], values, last, needed)
         return adjoint.chosen(self.inputs, tensors, found, needed)

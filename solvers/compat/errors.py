@@ -41,6 +41,10 @@ class MaxStepsExceeded(MaxStepsError, AssertionError):
     """``max_num_steps`` attempted steps did not reach the end."""
 
 
+class EventNotReached(MaxStepsError):
+    """Fixed steps by a solver object did not come to an event."""
+
+
 class ScipyError(SolveError):
     """scipy's solver gave up; ``.solution`` holds what it had reached."""
 

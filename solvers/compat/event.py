@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..adjoint import Adjoint
 from ..events import Event
-from ..status import ArgumentError, ArgumentTypeError, UnsupportedError
+from ..status import ArgumentError, ArgumentTypeError
 from .errors import CheckError
 from .options import SCIPY, Choice
 
@@ -54,12 +54,6 @@ def check_event_times(t: Tensor) -> None:
         raise ArgumentError(f"We require len(t) == 2 when in event handling mode, but got len(t)={len(t)}.")
 
 
-def refuse_events(event_fn: Any, method: Any) -> None:
-    """Raise ``UnsupportedError`` for events in a solve by a user's own solver class."""
-    if event_fn is not None:
-        raise UnsupportedError(f"events need a method of this package, found the solver class behind {method!r}")
-
-
 def _events(event_fn: Any, t0: Tensor, y0: Any, batch_dim: Any) -> list[Event]:
     """``event_fn`` as native events: one for each of a few elements, else one for all of them together."""
     if not callable(event_fn):
@@ -74,8 +68,19 @@ def _events(event_fn: Any, t0: Tensor, y0: Any, batch_dim: Any) -> list[Event]:
         return [Event(lambda t, y, *args: event_fn(t, y).reshape(()))]
     if first.numel() <= ALONE:
         return [Event(_element(event_fn, i)) for i in range(first.numel())]
-    signs = torch.where(first == 0, 1, torch.sign(first))
-    return [Event(lambda t, y, *args: (event_fn(t, y) * signs).amin())]
+    combined = combined_events(event_fn, first)
+    return [Event(lambda t, y, *args: combined(t, y))]
+
+
+def combined_events(event_fn: Callable[..., Tensor], first: Tensor) -> Callable[..., Tensor]:
+    """One function for all elements of ``event_fn``, whose first values are ``first``: > 0 until one changes its sign."""
+
+    def number(value: Tensor) -> Tensor:
+        return torch.where(value, 1.0, -1.0) if value.dtype == torch.bool else value
+
+    sign = torch.sign(number(first))
+    signs = torch.where(sign == 0, 1, sign)
+    return lambda t, y: (number(event_fn(t, y)) * signs).amin()
 
 
 def _element(event_fn: Callable[..., Tensor], i: int) -> Callable[..., Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,10 +15,10 @@ from ..adjoint import ADJOINTS, Adjoint
 from ..api import solve
 from ..loop import Plan, Trajectory
 from ..solution import Solution
-from ..status import SolveError
+from ..status import ArgumentError, SolveError
 from . import classes, scipy_solver
 from .errors import CheckError, CheckTypeError, failure
-from .event import check_event_times, refuse_events, solve_event
+from .event import check_event_times, solve_event
 from .options import SCIPY, Choice, callbacks, choose
 
 
@@ -55,8 +56,8 @@ def odeint(
         check_event_times(problem.t)
     solver = classes.own(method)
     if solver is not None:
-        refuse_events(event_fn, method)
-        return classes.run(solver, func, y0, problem.t, rtol, atol, method, options)
+        classes.refuse(method, batch_dim, strict)
+        return classes.run(solver, func, y0, problem.t, rtol, atol, method, options, event_fn, args)
     choice = choose(method, options, func, y0, problem.t, strict)
     if event_fn is not None:
         return solve_event(problem, choice, event_fn, ADJOINTS["backprop"], batch_dim=batch_dim, args=args)
@@ -76,9 +77,11 @@ class Problem:
     @classmethod
     def checked(cls, func: Any, y0: Any, t: Any, rtol: Any, atol: Any) -> Problem:
         """Raises torchdiffeq's complaints, each before func is called."""
-        if not isinstance(y0, Tensor) and not (type(y0) is tuple or (isinstance(y0, tuple) and y0)):
+        if not isinstance(y0, (Tensor, tuple)):
             raise CheckTypeError(f"y0 must be either a torch.Tensor or a tuple, found {type(y0).__name__}")
         leaves = y0 if isinstance(y0, tuple) else (y0,)
+        if not leaves:
+            raise ArgumentError("y0 must be a tensor or a tuple of at least one, found an empty tuple")
         for leaf in leaves:
             if not isinstance(leaf, Tensor):
                 raise CheckTypeError(f"y0 must be either a torch.Tensor or a tuple of them, found a {type(leaf).__name__} in it")
@@ -148,6 +151,8 @@ def check_times(t: Any, device: torch.device, what: str = "t") -> Tensor:
 
 
 def _tolerance(name: str, value: Any, y0: Any) -> Any:
+    if isinstance(y0, tuple) and (isinstance(value, list) or getattr(value, "shape", ()) == (len(y0),)):
+        value = tuple(value)
     parts = value if isinstance(value, tuple) else (value,)
     for part in parts:
         if isinstance(part, Tensor) and part.requires_grad:
@@ -172,6 +177,8 @@ def _positive(value: Any) -> Any:
     """A tolerance of 0, which torchdiffeq takes, as the smallest number that can be divided by."""
     if isinstance(value, Tensor):
         return torch.where(value == 0, torch.finfo(torch.float32).tiny, value) if value.is_floating_point() else value
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _positive(torch.as_tensor(value))
     return torch.finfo(torch.float32).tiny if isinstance(value, (int, float)) and value == 0 else value
 
 

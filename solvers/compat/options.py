@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..control import CONTROLLERS, Controller, Jump
+from ..layout import Layout
 from ..loop import Plan
 from ..methods import METHODS, Method
 from ..registry import options_of
@@ -58,8 +59,6 @@ ADAPTIVE_OPTIONS = (
     "norm", "min_step", "max_step", "first_step", "step_t", "jump_t", "safety", "ifactor", "dfactor", "max_num_steps", "dtype",
 )
 FIXED_OPTIONS = ("step_size", "grid_constructor", "interp", "perturb")
-IGNORED = {"norm", "dtype", "grid_points", "eps"}
-"""Options of other methods that torchdiffeq drops without a word."""
 
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 ENDLESS = 2**31 - 1
@@ -118,7 +117,8 @@ def choose(method: Any, options: Any, func: Any, y0: Any, t: Tensor, strict: boo
         raise ArgumentError(f"strict=True reproduces {', '.join(exact.METHODS)}, found method={name!r}")
     if name == SCIPY:
         choice = Choice(name, METHODS["dopri5"], None, {}, (), ENDLESS, options)
-        _warn_unused(name, options, ("solver", "min_step", "max_step", "max_nfe"))
+        # What torchdiffeq drops without a word is known, too: here, and "norm" for fixed steps.
+        _warn_unused(name, options, ("solver", "min_step", "max_step", "max_nfe", "norm", "grid_points", "eps"))
         return choice
     fixed = (name in CLASS_NAMES and name not in ADAPTIVE) or METHODS[name].error_order is None or _stepped(name, options)
     builder = _fixed if fixed else _adaptive
@@ -140,7 +140,7 @@ def _copied(options: Any) -> dict[str, Any]:
 
 
 def _warn_unused(name: str, options: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    unused = {key: value for key, value in options.items() if key not in known and key not in IGNORED}
+    unused = {key: value for key, value in options.items() if key not in known}
     if unused:
         warnings.warn(f"{CLASS_NAMES.get(name, name)}: Unexpected arguments {unused}", stacklevel=5)
 
@@ -200,7 +200,7 @@ def _adams(name: str, options: Mapping[str, Any]) -> Method:
 
 def _fixed(name: str, method: Method, options: dict[str, Any], func: Any, y0: Any, t: Tensor) -> Choice:
     known = (*FIXED_OPTIONS, *(("max_order", "max_iters", "implicit") if name in ADAMS else ()))
-    _warn_unused(name, options, (*known, "max_iters", *_own(method)))
+    _warn_unused(name, options, (*known, "norm", "max_iters", *_own(method)))
     size, build = options.get("step_size"), options.get("grid_constructor")
     if size is not None and build is not None:
         raise ArgumentError("step_size and grid_constructor are mutually exclusive arguments.")
@@ -216,8 +216,17 @@ def _fixed(name: str, method: Method, options: dict[str, Any], func: Any, y0: An
     if size is not None and len(t) > 1:
         keywords = {"dt": _number(size, "step_size", positive=True)}
     elif build is not None and len(t) > 1:
-        keywords = on_grid(build(func, y0, t), t)
+        keywords = on_grid(build(*_as_vector(func, y0), t), t)
     return Choice(name, method, CONTROLLERS["fixed"], keywords, changes, ENDLESS, options)
+
+
+def _as_vector(func: Any, y0: Any) -> tuple[Any, Tensor]:
+    """Function and state as a grid constructor of torchdiffeq is given them: of a tuple state one vector."""
+    if not isinstance(y0, tuple):
+        return func, y0
+    layout = Layout(y0)
+    layout.lenient = True
+    return lambda t, y: layout.flatten(func(t, layout.unflatten(y)), "the value returned by func"), layout.flatten(y0)
 
 
 def on_grid(grid: Any, t: Tensor) -> dict[str, Any]:

@@ -104,7 +104,9 @@ class _ScipyForward(Continuous):
         plan = self.inputs.rebind(self.plan, self.inputs.detached(tensors))
         trajectory = integrate(plan, tensors[0].detach(), self.by_scipy.settings, self.by_scipy.message)
         self.times, self.t_last = trajectory.t.detach(), trajectory.t_last
-        return trajectory, []
+        # The call that found what f captures: scipy makes its own first one.
+        counts = {name: count + 1 for name, count in trajectory.counts.items()}
+        return trajectory._replace(counts=counts), []
 
     def backward(self, tensors, saved, values, last, needed) -> list[Tensor | None]:
         found = super().backward(tensors, saved, values, last, needed)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...methods import METHODS
 from .misc import Perturb
-from .rk_common import _increment
+from .rk_common import _increment, rk4_alt_step_func
 from .solvers import FixedGridODESolver
 
 
@@ -39,3 +39,11 @@ class Heun3(_Tabled):
 
 class RK4(_Tabled):
     method, order = "rk4", 4
+
+    def _step_func(self, func: Any, t0: Tensor, dt: Tensor, t1: Tensor, y0: Tensor) -> tuple[Tensor, Tensor]:
+        f0 = func(t0, y0, perturb=Perturb.NEXT if self.perturb else Perturb.NONE)
+        return rk4_alt_step_func(func, t0, dt, t1, y0, f0=f0, perturb=self.perturb), f0
+
+
+STEPPING = ("rk4_alt_step_func", "_increment")
+"""Functions that the classes look up here at each step."""

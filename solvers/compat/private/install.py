@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor
+
 from ... import compat
+from ...adjoint import ADJOINTS
 from ...status import ArgumentError
 from ..classes import BUILT_IN, OVERRIDES, SOLVERS
-from . import adjoint, fixed_grid, interp, misc, rk_common, solvers
+from ..odeint import Problem
+from ..options import SCIPY, choose
+from . import adjoint, event_handling, fixed_grid, interp, misc, patches, rk_common, solvers
+from .event_handling import ImplicitFnGradientRerouting
 from .fixed_grid import RK4, Euler, Heun2, Heun3, Midpoint
 from .rk_common import RKAdaptiveStepsizeODESolver, butcher, middle
 
@@ -29,27 +36,37 @@ Fehlberg2 = _pair("Fehlberg2", "fehlberg2", 2)
 AdaptiveHeunSolver = _pair("AdaptiveHeunSolver", "adaptive_heun", 2)
 
 
-class _ByName:
-    """A method that is no solver object here: it can be chosen by name only."""
+class _Whole:
+    """A method as an object that integrates all at once: there is nothing to step by hand."""
 
-    def __init__(self, **arguments: Any) -> None:
-        raise ArgumentError(f"{type(self).__name__} cannot be made by hand: pass its name to odeint")
+    method: str
+
+    def __init__(self, func: Any, y0: Any, rtol: Any = 1e-7, atol: Any = 1e-9, **options: Any) -> None:
+        self.func, self.y0, self.rtol, self.atol, self.options = func, y0, rtol, atol, options
 
     @classmethod
     def valid_callbacks(cls) -> set[str]:
-        return set()
+        return {"callback_step"} if cls.method != SCIPY else set()
+
+    def integrate(self, t: Tensor) -> Tensor:
+        """States ``(T, *y0.shape)`` at the ascending times ``t``."""
+        func = partial(self.func)
+        if self.valid_callbacks() and hasattr(self.func, "callback_step"):
+            func.callback_step = self.func.callback_step  # type: ignore[attr-defined]
+        problem = Problem.checked(func, self.y0, t, self.rtol, self.atol)
+        return problem.run(choose(self.method, self.options, func, self.y0, t), ADJOINTS["backprop"]).y
 
 
-class AdamsBashforth(_ByName):
-    """"explicit_adams"."""
+class AdamsBashforth(_Whole):
+    method = "explicit_adams"
 
 
-class AdamsBashforthMoulton(_ByName):
-    """"implicit_adams"."""
+class AdamsBashforthMoulton(_Whole):
+    method = "implicit_adams"
 
 
-class ScipyWrapperODESolver(_ByName):
-    """"scipy_solver"."""
+class ScipyWrapperODESolver(_Whole):
+    method = "scipy_solver"
 
 
 BUILT_IN.update(
@@ -58,7 +75,9 @@ BUILT_IN.update(
     implicit_adams=AdamsBashforthMoulton, fixed_adams=AdamsBashforthMoulton, scipy_solver=ScipyWrapperODESolver,
 )
 SOLVERS.update(BUILT_IN)
-OVERRIDES.append(rk_common.patched)
+for _solver in BUILT_IN.values():
+    patches.watch(_solver)
+OVERRIDES.append(patches.patched)
 
 
 def _module(name: str, **names: Any) -> ModuleType:
@@ -71,10 +90,13 @@ def _tree() -> dict[str, ModuleType]:
     """Full names of torchdiffeq's modules, and what stands for each."""
     public = {name: getattr(compat, name) for name in compat.__all__}
     shared = {"_ButcherTableau": rk_common._ButcherTableau, "RKAdaptiveStepsizeODESolver": RKAdaptiveStepsizeODESolver}
-    dopri5 = {"_DORMAND_PRINCE_SHAMPINE_TABLEAU": Dopri5Solver.tableau, "DPS_C_MID": Dopri5Solver.mid}  # type: ignore[attr-defined]
-    bosh3 = {"_BOGACKI_SHAMPINE_TABLEAU": Bosh3Solver.tableau, "_BS_C_MID": Bosh3Solver.mid}  # type: ignore[attr-defined]
+
+    def coefficients(solver: Any, tableau: str, middle: str) -> dict[str, Any]:
+        return {solver.__name__: solver, tableau: solver.tableau, middle: solver.mid, **shared}
+
     parts: dict[str, Any] = {
         "misc": misc, "solvers": solvers, "rk_common": rk_common, "fixed_grid": fixed_grid, "interp": interp, "adjoint": adjoint,
+        "event_handling": event_handling,
     }
     front = "torchdiffeq"
     impl = f"{front}._impl"
@@ -82,13 +104,14 @@ def _tree() -> dict[str, ModuleType]:
     def made(name: str, **names: Any) -> None:
         parts[name] = _module(f"{impl}.{name}", **names)
 
-    made("odeint", SOLVERS=SOLVERS, **public, **{n: getattr(misc, n) for n in ("_check_inputs", "_flat_to_shape")},
-         _interp_evaluate=interp._interp_evaluate)
-    made("dopri5", Dopri5Solver=Dopri5Solver, **dopri5, **shared)
-    made("dopri8", Dopri8Solver=Dopri8Solver, **shared)
-    made("bosh3", Bosh3Solver=Bosh3Solver, **bosh3, **shared)
-    made("fehlberg2", Fehlberg2=Fehlberg2, **shared)
-    made("adaptive_heun", AdaptiveHeunSolver=AdaptiveHeunSolver, **shared)
+    checks = {name: getattr(misc, name) for name in ("_check_inputs", "_flat_to_shape")}
+    made("odeint", SOLVERS=SOLVERS, ImplicitFnGradientRerouting=ImplicitFnGradientRerouting,
+         _interp_evaluate=interp._interp_evaluate, **public, **checks)
+    made("dopri5", **coefficients(Dopri5Solver, "_DORMAND_PRINCE_SHAMPINE_TABLEAU", "DPS_C_MID"))
+    made("dopri8", **coefficients(Dopri8Solver, "_DOPRI8_TABLEAU", "_C_mid"))
+    made("bosh3", **coefficients(Bosh3Solver, "_BOGACKI_SHAMPINE_TABLEAU", "_BS_C_MID"))
+    made("fehlberg2", **coefficients(Fehlberg2, "_FEHLBERG2_TABLEAU", "_FE_C_MID"))
+    made("adaptive_heun", **coefficients(AdaptiveHeunSolver, "_ADAPTIVE_HEUN_TABLEAU", "AH_C_MID"))
     made("fixed_adams", AdamsBashforth=AdamsBashforth, AdamsBashforthMoulton=AdamsBashforthMoulton)
     made("scipy_wrapper", ScipyWrapperODESolver=ScipyWrapperODESolver)
     # As in torchdiffeq, where the package's attribute ``odeint`` is the function and not the module.

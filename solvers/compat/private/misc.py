@@ -18,6 +18,7 @@ from ...status import ArgumentError, ArgumentTypeError
 from ..errors import CheckError, CheckTypeError, MethodNameError
 from ..odeint import _positive, check_times
 from ..strict import first_step
+from .event_handling import combine_event_functions
 
 _all_callback_names = ["callback_step", "callback_accept_step", "callback_reject_step"]
 _all_adjoint_callback_names = [f"{name}_adjoint" for name in _all_callback_names]
@@ -99,33 +100,53 @@ def _flat_to_shape(tensor: Tensor, length: tuple[int, ...], shapes: Any) -> tupl
     return tuple(part.reshape((*length, *shape)) for part, shape in zip(parts, shapes, strict=True))
 
 
-class _TupleFunc(nn.Module):
-    """A function of a tuple state on the flat one."""
+class _Between(nn.Module):
+    """Stands between a solver and ``base_func``: translates what is asked, and what is answered."""
 
-    def __init__(self, base_func: Any, shapes: Any) -> None:
+    def __init__(self, base_func: Any) -> None:
         super().__init__()
-        self.base_func, self.shapes = base_func, shapes
+        self.base_func = base_func
 
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
-        return torch.cat([part.reshape(-1) for part in self.base_func(t, _flat_to_shape(y, (), self.shapes))])
+    def asked(self, t: Tensor, y: Any) -> tuple[Tensor, Any]:
+        return t, y
 
-
-class _TupleInputOnlyFunc(_TupleFunc):
-    """The same for one that returns no state."""
-
-    def forward(self, t: Tensor, y: Tensor) -> Any:
-        return self.base_func(t, _flat_to_shape(y, (), self.shapes))
-
-
-class _ReverseFunc(nn.Module):
-    """A function of -t; with ``mul=-1`` the slope of time running backwards."""
-
-    def __init__(self, base_func: Any, mul: float = 1.0) -> None:
-        super().__init__()
-        self.base_func, self.mul = base_func, mul
+    def answered(self, value: Any) -> Any:
+        return value
 
     def forward(self, t: Tensor, y: Any) -> Any:
-        return self.mul * self.base_func(-t, y)
+        return self.answered(self.base_func(*self.asked(t, y)))
+
+
+class _TupleInputOnlyFunc(_Between):
+    """Asked about a flat state, for a function of a tuple of ``shapes``."""
+
+    def __init__(self, base_func: Any, shapes: Any) -> None:
+        super().__init__(base_func)
+        self.shapes = shapes
+
+    def asked(self, t: Tensor, y: Tensor) -> tuple[Tensor, Any]:
+        return t, _flat_to_shape(y, (), self.shapes)
+
+
+class _TupleFunc(_TupleInputOnlyFunc):
+    """The same for one that answers with a tuple, too."""
+
+    def answered(self, value: Any) -> Tensor:
+        return _joined(value)
+
+
+class _ReverseFunc(_Between):
+    """Asked at -t; with ``mul=-1`` the answer is the slope of time running backwards."""
+
+    def __init__(self, base_func: Any, mul: float = 1.0) -> None:
+        super().__init__(base_func)
+        self.mul = mul
+
+    def asked(self, t: Tensor, y: Any) -> tuple[Tensor, Any]:
+        return t.neg(), y
+
+    def answered(self, value: Any) -> Any:
+        return value if self.mul == 1.0 else value * self.mul
 
 
 class Perturb(Enum):
@@ -136,24 +157,34 @@ class Perturb(Enum):
     NEXT = 2
 
 
-class _PerturbFunc(nn.Module):
-    """A function that can be asked for its value just before or after a time, and sees times in the state's real dtype."""
-
-    def __init__(self, base_func: Any) -> None:
-        super().__init__()
-        self.base_func = base_func
+class _PerturbFunc(_Between):
+    """Can be asked just before or after a time; ``base_func`` sees times in the state's real dtype."""
 
     def forward(self, t: Tensor, y: Tensor, *, perturb: Perturb = Perturb.NONE) -> Any:
         if not isinstance(perturb, Perturb):
             raise CheckTypeError(f"perturb argument must be of type Perturb enum, found {perturb!r}")
-        t = t.real if t.is_complex() else t
-        t = t.to(y.real.dtype if y.is_complex() else y.dtype)
+        t = (t.real if t.is_complex() else t).to(y.real.dtype if y.is_complex() else y.dtype)
         if perturb is not Perturb.NONE:
-            value = t.detach()
-            limit = torch.full_like(value, torch.inf if perturb is Perturb.NEXT else -torch.inf)
-            # The time moves, its gradient stays.
-            t = t + (torch.nextafter(value, limit) - value) if t.requires_grad else torch.nextafter(value, limit)
+            t = _nextafter(t, torch.full_like(t.detach(), torch.inf if perturb is Perturb.NEXT else -torch.inf))
         return self.base_func(t, y)
+
+
+def _joined(parts: Any) -> Tensor:
+    """A tuple state as one vector."""
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _nextafter(x1: Tensor, x2: Tensor) -> Tensor:
+    """The neighbour of ``x1`` towards ``x2``, with the gradient of ``x1``."""
+    return _StitchGradient.apply(x1, torch.nextafter(x1.detach(), x2.detach()))
+
+
+class _StitchGradient:
+    """``apply(x, value)``: ``value`` with the gradient of ``x``."""
+
+    @staticmethod
+    def apply(x: Tensor, value: Tensor) -> Tensor:
+        return x + (value - x.detach()) if x.requires_grad else value
 
 
 # -- inputs -----------------------------------------------------------------------------------------------------------
@@ -166,6 +197,15 @@ def _tuple_tol(name: str, tol: Any, shapes: Any) -> Any:
     if len(parts) != len(shapes):
         raise CheckError(f"If using tupled {name} it must have the same length as the tuple y0")
     return torch.cat([torch.as_tensor(part).expand(shape.numel()) for part, shape in zip(parts, shapes, strict=True)])
+
+
+def _decreasing(t: Tensor) -> Tensor:
+    return (t.diff() < 0).all()
+
+
+def _assert_increasing(name: str, t: Tensor) -> None:
+    if not bool((t.diff() > 0).all()):
+        raise CheckError(f"{name} must be strictly increasing or decreasing")
 
 
 def _check_timelike(name: str, timelike: Any, can_grad: bool) -> None:
@@ -183,13 +223,15 @@ def _check_inputs(
     """
     if event_fn is not None and len(t) != 2:
         raise ArgumentError(f"We require len(t) == 2 when in event handling mode, but got len(t)={len(t)}.")
+    if event_fn is not None:
+        event_fn = combine_event_functions(event_fn, t[0], y0)
     original, shapes = func, None
     if not isinstance(y0, Tensor):
         if not isinstance(y0, tuple):
             raise CheckTypeError(f"y0 must be either a torch.Tensor or a tuple, found {type(y0).__name__}")
         shapes = [part.shape for part in y0]
         rtol, atol = _tuple_tol("rtol", rtol, shapes), _tuple_tol("atol", atol, shapes)
-        y0 = torch.cat([part.reshape(-1) for part in y0])
+        y0 = _joined(y0)
         func = _TupleFunc(func, shapes)
         event_fn = event_fn if event_fn is None else _TupleInputOnlyFunc(event_fn, shapes)
     if options is not None and not isinstance(options, Mapping):

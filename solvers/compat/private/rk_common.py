@@ -15,9 +15,10 @@ from ...methods import METHODS
 from ...methods.rk import RKState, Workspace
 from ...methods.stages import ListStages
 from ...methods.tableau import Tableau
-from ...status import ArgumentError, UnsupportedError
+from ...status import ArgumentError
 from ..errors import CheckError
 from ..strict import ERROR, MIDDLE, StrictRungeKutta, _sum
+from .event_handling import Search, find_event
 from .interp import _interp_evaluate, _interp_fit
 from .misc import Perturb, _compute_error_ratio, _optimal_step_size, _select_initial_step
 from .solvers import AdaptiveStepsizeEventODESolver
@@ -190,7 +191,7 @@ class RKAdaptiveStepsizeODESolver(AdaptiveStepsizeEventODESolver):
         none = torch.zeros(0, dtype=self.dtype, device=self.y0.device)
         for name in ("step_t", "jump_t"):
             times = getattr(self, name)
-            setattr(self, name, none if times is None else times[times >= t0].sort().values)
+            setattr(self, name, none if times is None else _sort_tvals(times, t0))
         both = torch.cat([self.step_t, self.jump_t])
         if len(both.unique()) < len(both):
             raise ArgumentError("`step_t` and `jump_t` must not have any repeated elements between them.")
@@ -206,7 +207,19 @@ class RKAdaptiveStepsizeODESolver(AdaptiveStepsizeEventODESolver):
         return _interp_evaluate(self.rk_state.interp_coeff, self.rk_state.t0, self.rk_state.t1, next_t)
 
     def _advance_until_event(self, event_fn: Any) -> tuple[Tensor, Tensor]:
-        raise UnsupportedError("a solver object does not look for events: use odeint_event")
+        """Time of the event and the state then, after as many steps as it takes to get there."""
+        state = self.rk_state
+        search, steps = Search(event_fn, state.t1, state.y1), 0
+        while state.t1 == state.t0 or not search.crossed(state.t1, state.y1):
+            if steps >= self.max_num_steps:
+                raise CheckError(f"max_num_steps exceeded ({steps}>={self.max_num_steps})")
+            self.rk_state = state = self._adaptive_step(state)
+            steps += 1
+
+        def inside(t: Tensor) -> Tensor:
+            return _interp_evaluate(state.interp_coeff, state.t0, state.t1, t)
+
+        return find_event(inside, search.sign, state.t0, state.t1, event_fn, self.atol)
 
     def _adaptive_step(self, rk_state: Any) -> Any:
         """One attempt: the state after it, with the step size for the next."""
@@ -248,17 +261,28 @@ class RKAdaptiveStepsizeODESolver(AdaptiveStepsizeEventODESolver):
         return _interp_fit(y0, y1, y_mid, k[..., 0].view(y0.shape), k[..., -1].view(y0.shape), size)
 
 
-def patched(solver: type) -> bool:
-    """Whether somebody has replaced a function of this module that ``solver`` steps with."""
-    names = globals()
-    return issubclass(solver, RKAdaptiveStepsizeODESolver) and any(names[n] is not f for n, f in _REPLACEABLE.items())
+def _sort_tvals(tvals: Tensor, t0: Tensor) -> Tensor:
+    """Times that are still to come, in their order."""
+    return tvals[tvals >= t0].sort().values
 
 
-_REPLACEABLE = {
-    "_optimal_step_size": _optimal_step_size,
-    "_select_initial_step": _select_initial_step,
-    "_compute_error_ratio": _compute_error_ratio,
-    "_runge_kutta_step": _runge_kutta_step,
-    "_interp_evaluate": _interp_evaluate,
-    "_interp_fit": _interp_fit,
-}
+class _UncheckedAssign(torch.autograd.Function):
+    """``apply(scratch, value, index)``: ``value`` written into ``scratch[index]`` behind autograd's back, for a buffer that is
+    filled part by part and not read where it is written later."""
+
+    @staticmethod
+    def forward(ctx: Any, scratch: Tensor, value: Tensor, index: Any) -> Tensor:
+        ctx.place = index
+        scratch.data.__setitem__(index, value)
+        return scratch
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor, None]:
+        return cotangent, cotangent[ctx.place], None
+
+
+STEPPING = (
+    "_optimal_step_size", "_select_initial_step", "_compute_error_ratio", "_runge_kutta_step", "_interp_evaluate", "_interp_fit",
+    "find_event",
+)
+"""Functions of this module that its solvers look up here at each use, so that whoever replaces them is heard."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +15,11 @@ from ...adjoint import ADJOINTS
 from ...api import solve
 from ...methods import Method, StepOut
 from ...status import ArgumentError
+from ..errors import CheckError, EventNotReached
+from ..event import FIXED_ITERATIONS
 from ..odeint import Adapted
 from ..options import on_grid
+from .event_handling import Search, find_event
 from .misc import _handle_unused_kwargs
 
 
@@ -113,7 +117,39 @@ class FixedGridODESolver(ABC):
         grid = self.grid_constructor(self.func, self.y0, t)
         keywords: dict[str, Any] = {"controller": "fixed"} if grid is t else on_grid(grid, t)
         adjoint = Adapted(ADJOINTS["backprop"])
-        return solve(self.func, self.y0, t, method=OfClass(self), adjoint=adjoint, throw=False, **keywords).y
+        solution = solve(self.func, self.y0, t, method=OfClass(self), adjoint=adjoint, throw=False, **keywords)
+        if not solution.success:
+            warnings.warn(f"{solution.message} The rows that were not reached are NaN.", stacklevel=4)
+        return solution.y
+
+    def integrate_until_event(self, t0: Tensor, event_fn: Any) -> tuple[Tensor, Tensor]:
+        """Time of the event and states ``(2, *y0.shape)`` at ``t0`` and then.
+
+        Raises ``CheckError`` without a step size, ``EventNotReached`` after 20,000 steps.
+        """
+        if self.step_size is None:
+            raise CheckError(
+                "Event handling for fixed step solvers currently requires `step_size` to be provided in options."
+            )
+        tol = 1e-9 if self.atol is None else self.atol
+        start = t0.to(self.y0.real.dtype if self.y0.is_complex() else self.y0.dtype)
+        y, search = self.y0, Search(event_fn, start, self.y0)
+        for _ in range(FIXED_ITERATIONS):
+            end = start + self.step_size
+            dy, f = self._step_func(self.func, start, end - start, end, y)
+            if search.crossed(end, y + dy):
+                inside = self._inside(start, end, y, y + dy, f)
+                time, state = find_event(inside, search.sign, start, end, event_fn, tol)
+                return time, torch.stack([self.y0, state])
+            start, y = end, y + dy
+        raise EventNotReached(f"Reached maximum number of iterations {FIXED_ITERATIONS} without an event: t = {float(start):.9g}")
+
+    def _inside(self, t0: Tensor, t1: Tensor, y0: Tensor, y1: Tensor, f0: Tensor) -> Callable[[Tensor], Tensor]:
+        """The interpolant of a step."""
+        if self.interp == "linear":
+            return lambda t: self._linear_interp(t0, t1, y0, y1, t)
+        f1 = self.func(t1, y1)
+        return lambda t: self._cubic_hermite_interp(t0, y0, f0, t1, y1, f1, t)
 
     def _linear_interp(self, t0: Any, t1: Any, y0: Tensor, y1: Tensor, t: Any) -> Tensor:
         return y0 + (t - t0) / (t1 - t0) * (y1 - y0)
