@@ -131,12 +131,14 @@ class Field:
             raise ArgumentError(f"spectral_bound() of f must return {expected} >= 0, found {value!r:.60}")
         return value.item() if layout.joint else value.expand(layout.batch)
 
-    def before(self, limit: Any, sign: Any) -> Field:
-        """This field for a step that ends at ``limit``, where f is discontinuous: it meets no time at or after that.
+    def within(self, start: Any, end: Any, sign: Any) -> Field:
+        """This field for a step between ``start`` and ``end``, where f is discontinuous: it meets neither time, but the next one
+        inside, on whichever side of the discontinuity f counts them.
 
-        ``limit``: float, or ``(B,)`` with NaN where nothing is to be kept away from. ``sign``: of the direction of travel.
+        start, end: None, float, or ``(B,)`` with NaN where nothing is to be kept away from. ``sign``: of the direction of
+        travel.
         """
-        return _Before(self, limit, sign)
+        return _Within(self, start, end, sign)
 
     def renewed(self, args: tuple[Any, ...], norm: Any) -> Field:
         """The same field with other arguments and another error norm."""
@@ -148,21 +150,29 @@ class Field:
         return self._constants[nodes]
 
 
-class _Before(Field):
-    """A field whose times stop short of a limit by the smallest step of their dtype."""
+class _Within(Field):
+    """A field whose times keep away from one or both ends by the smallest step of their dtype."""
 
-    __slots__ = ("_latest", "_sign")
+    __slots__ = ("_earliest", "_latest", "_sign")
 
-    def __init__(self, field: Field, limit: Any, sign: Any) -> None:
+    def __init__(self, field: Field, start: Any, end: Any, sign: Any) -> None:
         super().__init__(field.func, field.layout, field.args, field.time_dtype, field.norm)
-        end = torch.as_tensor(limit, dtype=torch.float64, device=field.layout.device).to(self.time_dtype)
-        self._sign = torch.as_tensor(sign, dtype=self.time_dtype, device=end.device)
-        self._latest = torch.nextafter(end, -self._sign * torch.inf)
+        self._sign = torch.as_tensor(sign, dtype=self.time_dtype, device=field.layout.device)
+        self._earliest, self._latest = self._beside(start, self._sign), self._beside(end, -self._sign)
+
+    def _beside(self, t: Any, toward: Tensor) -> Tensor | None:
+        if t is None:
+            return None
+        value = torch.as_tensor(t, dtype=torch.float64, device=self.layout.device).detach().to(self.time_dtype)
+        return torch.nextafter(value, toward * torch.inf)
 
     def _cut(self, t: Tensor) -> Tensor:
-        late = (t.detach() - self._latest) * self._sign > 0
         # The time moves, its gradient stays: a stage at the end of the step still follows that end.
-        return t + torch.where(late, self._latest - t.detach(), 0.0)
+        for bound, side in ((self._earliest, -self._sign), (self._latest, self._sign)):
+            if bound is not None:
+                beyond = (t.detach() - bound) * side > 0
+                t = t + torch.where(beyond, bound - t.detach(), 0.0)
+        return t
 
     def times(self, t0: Any, dt: Any, nodes: tuple[float, ...]) -> tuple[Tensor, ...]:
         return tuple(self._cut(t) for t in super().times(t0, dt, nodes))

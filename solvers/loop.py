@@ -51,7 +51,8 @@ class Step(NamedTuple):
 
 class Record(NamedTuple):
     """One accepted step, as much of it as a replay needs. ``y`` and ``state`` are those before the step; ``dense`` is
-    None unless the tape has a true attribute ``dense``, and good until the next step only. Where ``events`` cut the step
+    None unless the tape has a true attribute ``dense``, and good until the next step only. ``after``: whether the step starts
+    at a jump (a mask in the batched modes). Where ``events`` cut the step
     short, ``t1``, ``h`` and ``hit`` are those of the whole one."""
 
     t: Any
@@ -67,6 +68,7 @@ class Record(NamedTuple):
     state: Any
     dense: Any = None
     events: Found | None = None
+    after: Any = False
 
 
 class Piece(NamedTuple):
@@ -214,6 +216,7 @@ class _Run(ABC):
         self.happened: list[tuple[Found, Chunk]] = []
         self.ready: Any = None
         self.first_slope: Tensor | None = None
+        self.after: Any = False
 
     def begin(self) -> None:
         """First evaluation, first step size, method and controller state."""
@@ -252,7 +255,7 @@ class _Run(ABC):
         self.attempts += 1
         t1, h, hit = clock.propose(self.t, self.dt, self.moving)
         if plan.jumps:
-            self.field = before_jump(plan, t1, hit)
+            self.field = between_jumps(plan, self.t, t1, hit, self.after)
         if clock.differentiable:
             step, end = clock.graph(self.lo, t1, h, hit)
             out = plan.method.step(self.field, self.lo, step, self.y, self.state, self.active)
@@ -325,8 +328,8 @@ class _Run(ABC):
         return self.plan.method.init(self.plan.field, self.lo, self.dt, y, self.slope(y))
 
     def slope(self, y: Tensor) -> Tensor:
-        """f at the current time and ``y``."""
-        field = self.plan.field
+        """f at the current time and ``y``, after a jump there."""
+        field = after_jump(self.plan, self.t, self.after)
         self.nfe += 1
         return field(field.time(self.lo), y)
 
@@ -418,7 +421,7 @@ class _JointRun(_Run):
         if self.tape is not None:
             stored = None if plan.method.one_step else state
             kept = dense if self.taped_dense else None
-            self.tape(Record(self.t, *whole, stop, pending, jumps, True, True, before, stored, kept, found))
+            self.tape(Record(self.t, *whole, stop, pending, jumps, True, True, before, stored, kept, found, self.after))
         self.t, self.lo, self.y = t1, end if clock.differentiable else t1, out.y1
         self.state = out.state if decision.order is None else out.state._replace(order=decision.order)
         met = self.y
@@ -428,6 +431,7 @@ class _JointRun(_Run):
             self.lo = outcome.end if clock.differentiable else t1
         if jumps:
             self.y = apply_jumps(plan, jumps, self.lo, self.y)
+        self.after = bool(jumps)
         self.saver.step(pending, Segment(lo, length, t1, self.y, interpolate), ended or over, over)
         if over or ended:
             self.give_up(Status(int(found.code[0])) if over else Status.SUCCESS)
@@ -656,8 +660,8 @@ class _RowRun(_Run):
             jumps = {j: jumping[j] for j in flags.jumps}
             kept = dense if self.taped_dense else None
             end1, length, stop = (t1, h, hit) if events is None else events.whole
-            taken = accept, self.active
-            self.tape(Record(self.t, end1, length, stop, following, outputs, jumps, *taken, before, stored, kept, found))
+            taken = self.t, end1, length, stop, following, outputs, jumps, accept, self.active
+            self.tape(Record(*taken, before, stored, kept, found, self.after))
         order = decision.order
         new, old = out.state, self.state
         if order is not None:
@@ -676,6 +680,9 @@ class _RowRun(_Run):
         for number in flags.jumps:
             mapped = apply_jumps(plan, (number,), self.lo, self.y)
             self.y = torch.where(layout.spread(jumping[number]), mapped, self.y)
+        if plan.jumps:
+            jumped = torch.stack([jumping[number] for number in flags.jumps]).any(0) if flags.jumps else torch.zeros_like(accept)
+            self.after = jumped if self.after is False else torch.where(accept, jumped, self.after)
         segment = Segment(segment_lo, step, self.t, self.y, interpolate, tied, None if events is None else events.cut)
         if flags.most:
             self.saver.step(count, flags.most, flags.inner, segment)
@@ -796,13 +803,26 @@ def apply_jumps(plan: Plan, numbers: tuple[int, ...], t: Any, y: Tensor) -> Tens
     return y
 
 
-def before_jump(plan: Plan, t1: Any, hit: Any) -> Any:
-    """The field for a step that ends at ``t1``: where that is the time of a jump, f is met before it only."""
+def between_jumps(plan: Plan, t: Any, t1: Any, hit: Any, after: Any) -> Any:
+    """The field for a step from ``t`` to ``t1``: at the time of a jump f is met on the side of the step only.
+
+    ``after``: whether ``t`` is one, or the mask of samples for which it is.
+    """
     clock = plan.clock
     if isinstance(clock, JointClock):
-        return plan.field.before(t1, clock.sign) if hit and clock.stops[clock.next].jumps else plan.field
+        end = t1 if hit and clock.stops[clock.next].jumps else None
+        return plan.field if end is None and not after else plan.field.within(t if after else None, end, clock.sign)
     at_jump = torch.stack([t1 == time for time in clock.jump_times.values()]).any(0)
-    return plan.field.before(torch.where(at_jump, t1, torch.nan), clock.sign)
+    start = None if after is False else torch.where(after, t, torch.nan)
+    return plan.field.within(start, torch.where(at_jump, t1, torch.nan), clock.sign)
+
+
+def after_jump(plan: Plan, t: Any, after: Any) -> Any:
+    """The field for f at ``t``, where ``after`` tells (of samples) whether there was a jump."""
+    if after is False:
+        return plan.field
+    start = t if after is True else torch.where(after, t, torch.nan)
+    return plan.field.within(start, None, plan.clock.sign)
 
 
 def _cause(status: Any, error: float) -> Status:

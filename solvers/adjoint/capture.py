@@ -45,6 +45,12 @@ class Given:
             self.marked.append(t)
         return dy
 
+    def __getattr__(self, name: str) -> Any:
+        """What else f has, a bound on its spectrum for example."""
+        if name == "func":
+            raise AttributeError(name)
+        return getattr(self.func, name)
+
 
 def find(plan: Any, y0: Tensor) -> Captured:
     """Tensors that f, the maps of jumps and what events call use at the start of the solve, and parameters of modules among

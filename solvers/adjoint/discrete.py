@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ..control import JointClock
 from ..events import carry_out
-from ..loop import Plan, Record, Trajectory, apply_jumps, before_jump, drive
+from ..loop import Plan, Record, Trajectory, after_jump, apply_jumps, between_jumps, drive
 from ..saveat import Segment, joint_values, row_values
 from ..solution import Stats
 from ..status import ArgumentError, Status
@@ -390,7 +390,7 @@ class _Replay:
             # As the forward pass did: past steps are tensors only where they are part of a state.
             lo = self._node(record) if stored and self.graph else record.t
             if state is None:
-                state, calls = self.restarted(record, lo, y)
+                state, calls = self.restarted(record, lo, y, record.after)
                 self.stats.nfe += calls
             if not self.skip(number):
                 y, state, work = self.again(record, lo, y, state, stored and self.graph)
@@ -404,10 +404,10 @@ class _Replay:
 
     def field(self, record: Record) -> Any:
         """f as the step met it."""
-        if not self.plan.jumps or not (record.jumps or record.events is not None):
+        if not self.plan.jumps or not (record.jumps or record.events is not None or record.after is not False):
             return self.plan.field
         self.clock.next = record.stop
-        return before_jump(self.plan, record.t1, record.hit)
+        return between_jumps(self.plan, record.t, record.t1, record.hit, record.after)
 
     def bounds(self, record: Record, lo: Any, graph: bool) -> tuple[Any, Any]:
         """(dt, end) of a step."""
@@ -425,11 +425,11 @@ class _Replay:
         dense, calls = method.prepare(field, out.dense)
         return out, _interpolant(self.plan, out._replace(dense=dense)), out.work + calls
 
-    def restarted(self, record: Record, t: Any, y: Tensor) -> tuple[Any, int]:
-        """The method's state for a new start after a jump, and the calls of f that took."""
-        field = self.plan.field
+    def restarted(self, record: Record, t: Any, y: Tensor, after: Any) -> tuple[Any, int]:
+        """The method's state for a new start at ``t``, ``after`` a jump or not, and the calls of f that took."""
+        field = after_jump(self.plan, t.detach() if isinstance(t, Tensor) else t, after)
         f0 = field(field.time(t), y)
-        return self.plan.method.init(field, t, record.h, y, f0), 1
+        return self.plan.method.init(self.plan.field, t, record.h, y, f0), 1
 
     def _begin(self) -> None:
         """Take the cotangents of the method's first state, which may know f at the start, back to there."""
@@ -439,7 +439,7 @@ class _Replay:
         with torch.enable_grad():
             y = self.inputs[0].detach().requires_grad_()
             lo = self._node(record).requires_grad_() if self.graph else record.t
-            state, work = self.restarted(record, lo, y)
+            state, work = self.restarted(record, lo, y, False)
         self.stats.nfe, self.stats.nvjp = self.stats.nfe + work, self.stats.nvjp + work
         pairs = [(x, c) for x, c in zip(_tensors(state), self.state, strict=True) if c is not None and x.requires_grad]
         if not pairs:
@@ -536,7 +536,7 @@ class _JointReplay(_Replay):
         if record.jumps:
             y = apply_jumps(plan, record.jumps, end, y)
         if stops and restart:
-            state, calls = self.restarted(record, end, y)
+            state, calls = self.restarted(record, end, y, bool(record.jumps))
         return y, state, end, calls, chunk
 
     def outputs(self, number, segment):
@@ -621,7 +621,8 @@ class _RowReplay(_Replay):
             y = torch.where(layout.spread(mask), apply_jumps(plan, (number,), end, y), y)
         if not masks or not restart:
             return y, state, end, 0, chunk
-        new, calls = self.restarted(record, end, y)
+        jumped = torch.stack(list(record.jumps.values())).any(0) if record.jumps else False
+        new, calls = self.restarted(record, end, y, jumped)
         return y, layout.merge(torch.stack(masks).any(0), new, state), end, calls, chunk
 
     def outputs(self, number, segment):
