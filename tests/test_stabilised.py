@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -207,3 +209,28 @@ def test_steps_that_need_too_many_stages_are_no_success():
     assert (sol.y[-1] - heat(c, y0, 1.0)).abs().max() < 1e-3
     with pytest.raises(ArgumentError, match="max_stages"):
         solve(lambda t, y: -y, y0, t, method="rkc2", max_stages=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, options, most", [("rkc2", {}, 12), ("rock4", {}, 16), ("exp_linear", {"krylov_dim": 30}, 40)])
+def test_working_memory_is_as_many_states_as_the_method_says(name, options, most):
+    """Counted at some of the calls of f: what Python holds then in tensors of the size of the state."""
+    size, seen, number = 5000, [0], [0]
+
+    class Heat:
+        symmetric = True
+
+        def matvec(self, y: Tensor) -> Tensor:
+            number[0] += 1
+            if number[0] % 29 == 28:
+                held = [x for x in gc.get_objects() if type(x) is Tensor and x.untyped_storage().nbytes() >= 8 * size]
+                seen.append(len({x.untyped_storage().data_ptr() for x in held}))
+            return laplacian(500.0, y)
+
+        def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+            return self.matvec(y)
+
+    y0 = torch.randn(size, dtype=torch.float64).cumsum(0)
+    with torch.no_grad():
+        solve(Heat(), y0, [0.0, 0.3], method=name, rtol=1e-4, save="final", **options)
+    assert number[0] > 60 and max(seen) <= most, seen

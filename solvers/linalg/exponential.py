@@ -28,7 +28,8 @@ class KrylovSpace:
         layout: of the states. start: flat. symmetric: orthogonalise against the last two vectors only.
 
     Attributes:
-        vectors: orthonormal in each sample, or 0. images: L v of all but the last, as ``product`` gave them.
+        vectors: orthonormal in each sample, or 0. images: L v of all but the last, as
+            ``product`` gave them, if they are recorded by autograd.
         length: Euclidean norm of ``start``, 0-dim or ``(B,)``, float64.
         skew: largest |H[j-1, j] - H[j, j-1]| |H[j, j-1]| / |L v_j|^2 found: of rounding where L is symmetric.
     """
@@ -47,7 +48,8 @@ class KrylovSpace:
     def grow(self, product: Product) -> None:
         """One more vector: one product."""
         w = product(self.vectors[-1])
-        self.images.append(w)
+        if w.requires_grad:
+            self.images.append(w)
         w, first, fresh = w.detach(), max(0, len(self) - 1) if self.symmetric else 0, False
         before, column = self._length(w), []
         for v in self.vectors[first:]:

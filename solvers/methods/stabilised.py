@@ -142,7 +142,7 @@ class RKC2(Stabilised):
     """Runge–Kutta–Chebyshev method of second order: s stages are stable for dt |lambda| up to 0.65 s**2 along the negative real
     axis, so that the cost grows with the root of the stiffness.
 
-    Working memory: 8 states, 2 of them kept per step where gradients are replayed. Rounding errors: about s**2 eps / 10.
+    Working memory: 12 states, 2 of them kept per step where gradients are replayed. Rounding errors: about s**2 eps / 10.
 
     ``max_stages``: a step that would need more is rejected.
     """
@@ -194,7 +194,7 @@ class ROCK4(Stabilised):
     rounding errors of the stages are amplified by about s**8 / 2500 at most, which at rtol 1e-5 leaves 57 stages to use. For
     tighter tolerances than ``rkc2``, and milder stiffness.
 
-    Working memory: 12 states, 2 of them kept per step where gradients are replayed.
+    Working memory: 16 states, 2 of them kept per step where gradients are replayed.
     """
 
     name: ClassVar[str] = "rock4"  # type: ignore[misc]
