@@ -239,8 +239,99 @@ out = [torchdiffeq.odeint(Func(), y0, t.flip(0), method="named"), torch.stack(se
 """,
 }
 
+CLIENTS |= {
+    "replaced methods of built-in classes": """
+from torchdiffeq._impl.dopri5 import Dopri5Solver
+from torchdiffeq._impl.fixed_grid import RK4
+import torchdiffeq._impl.fixed_grid as fixed_grid
+from torchdiffeq._impl.rk_common import rk4_step_func
+seen = []
+def noted(function):
+    def call(self, *args):
+        seen.append(1.0)
+        return function(self, *args)
+    return call
+adaptive, fixed, increment = Dopri5Solver._adaptive_step, RK4._step_func, fixed_grid.rk4_alt_step_func
+Dopri5Solver._adaptive_step = noted(adaptive)
+out = [torchdiffeq.odeint(f, y0, t, rtol=1e-5, atol=1e-7), len(seen)]
+Dopri5Solver._adaptive_step = adaptive
+RK4._step_func = noted(fixed)
+out += [torchdiffeq.odeint(f, y0, t, method="rk4"), len(seen)]
+RK4._step_func = fixed
+fixed_grid.rk4_alt_step_func = rk4_step_func
+out += [torchdiffeq.odeint(f, y0, t, method="rk4")]
+fixed_grid.rk4_alt_step_func = increment
+""",
+    "events of solver classes": """
+from torchdiffeq._impl.odeint import SOLVERS
+from torchdiffeq._impl.fixed_grid import RK4
+from torchdiffeq._impl.dopri5 import Dopri5Solver
+class Fixed(RK4): pass
+class Adaptive(Dopri5Solver): pass
+SOLVERS["fixed"], SOLVERS["adaptive"] = Fixed, Adaptive
+zero, one = torch.tensor(0.0), torch.ones(1)
+half = lambda t, y: y - 0.5
+options = {"step_size": 0.01, "interp": "cubic"}
+out = list(torchdiffeq.odeint_event(lambda t, y: -y, one, zero, event_fn=half, method="fixed", options=options, atol=1e-10))
+y = torch.ones(1, requires_grad=True)
+time, states = torchdiffeq.odeint_event(lambda t, y: -y, y, zero, event_fn=half, method="adaptive", atol=1e-10)
+out += [time, states, *torch.autograd.grad(time, y)]
+two = lambda t, y: y[0] - 2.0
+time, states = torchdiffeq.odeint_event(lambda t, y: (-y[0], y[1]), (one, one + 1), zero, event_fn=two, method="adaptive",
+                                        atol=1e-10, reverse_time=True)
+out += [time, *states]
+""",
+    "a step of a backward method, a norm and jumps in adjoint options": """
+torch.manual_seed(0)
+net = torch.nn.Linear(2, 2)
+func = type("F", (torch.nn.Module,), {})()
+func.net = net
+func.forward = lambda t, y: torch.tanh(net(y))
+def gradients(**more):
+    y = y0.clone().requires_grad_()
+    loss = torchdiffeq.odeint_adjoint(func, y, t, rtol=1e-9, atol=1e-10, **more)[-1].square().sum()
+    return list(torch.autograd.grad(loss, [y, *net.parameters()]))
+jumps = {"jump_t": torch.tensor([0.3])}
+out = gradients(adjoint_method="rk4", adjoint_options={"step_size": 0.01})
+out += gradients(options=jumps, adjoint_options={"norm": "seminorm", **jumps})
+""",
+    "a flow with a divergence, which marks t and y": """
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+class Flow(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net
+    def forward(self, t, state):
+        z, _ = state
+        with torch.set_grad_enabled(True):
+            z.requires_grad_(True)
+            t.requires_grad_(True)
+            dz = self.net(z) * torch.cos(t)
+            div = sum(torch.autograd.grad(dz[:, i].sum(), z, create_graph=True)[0][:, i] for i in range(2))
+        return dz, -div.view(-1, 1)
+z, change = torchdiffeq.odeint_adjoint(Flow(), (y0, torch.zeros(2, 1)), torch.tensor([1.0, 0.0]), rtol=1e-9, atol=1e-10)
+out = [z, change, *torch.autograd.grad(z[-1].sum() + change[-1].sum(), list(net.parameters()), allow_unused=True)[:3]]
+""",
+    "tolerances as lists and numpy numbers, Adams derived from": """
+import numpy
+from torchdiffeq._impl.fixed_adams import AdamsBashforthMoulton
+from torchdiffeq._impl.odeint import SOLVERS
+class Mine(AdamsBashforthMoulton): pass
+SOLVERS["mine"] = Mine
+g = lambda t, y: (-y[0], y[1] * torch.cos(t))
+out = [*torchdiffeq.odeint(g, (y0, y0[0]), torch.tensor([0.0, 1.0]), rtol=[1e-9, 1e-10], atol=numpy.float32(1e-10))]
+out += [torchdiffeq.odeint(f, y0, torch.linspace(0, 1, 161), method="mine", options={"max_order": 4})]
+""",
+}
+
 # Gradients of the backward ODE are as accurate as its tolerance; all else is the same arithmetic in another order.
-TOLERANCE = {"adjoint names": 1e-6, "a user's class in odeint_adjoint": 1e-8}
+TOLERANCE = {
+    "adjoint names": 1e-6, "a user's class in odeint_adjoint": 1e-8, "events of solver classes": 1e-8,
+    "a step of a backward method, a norm and jumps in adjoint options": 1e-6,
+    "a flow with a divergence, which marks t and y": 1e-6,
+    "tolerances as lists and numpy numbers, Adams derived from": 1e-6, "replaced methods of built-in classes": 1e-9,
+}
 
 DRIVER = """
 import json, sys, warnings
@@ -367,3 +458,49 @@ def test_torchdiffeqs_examples_reach_the_same(name: str, arguments: list[str], p
         assert reached["ours"] == "passed"
     else:
         assert float(reached["ours"]) == pytest.approx(float(reached["theirs"]), rel=0.05)
+
+
+CDE = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+if sys.argv[1] == "ours":
+    import solvers
+    solvers.install_as_torchdiffeq()
+import torch, torchcde
+torch.set_default_dtype(torch.float64)
+torch.manual_seed(0)
+class Func(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 12)
+    def forward(self, t, z):
+        return torch.tanh(self.linear(z)).view(*z.shape[:-1], 4, 3)
+func = Func()
+x, found = torch.randn(2, 5, 3), {}
+spline = torchcde.CubicSpline(torchcde.natural_cubic_coeffs(x))
+straight = torchcde.LinearInterpolation(torchcde.linear_interpolation_coeffs(x))
+cases = {"cubic": (spline, {}), "linear, jump_t": (straight, {"options": {"jump_t": straight.grid_points}})}
+for name, (X, more) in cases.items():
+    for adjoint in (True, False):
+        z0 = torch.ones(2, 4, requires_grad=True)
+        z = torchcde.cdeint(X=X, func=func, z0=z0, t=X.interval, adjoint=adjoint, method="dopri5", rtol=1e-8, atol=1e-10, **more)
+        gradients = torch.autograd.grad(z.square().sum(), [z0, func.linear.weight])
+        found[f"{name}, adjoint={adjoint}"] = [part.reshape(-1).tolist() for part in (z, *gradients)]
+print("RESULT" + json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_torchcde_gets_the_same_numbers_forwards_and_backwards() -> None:
+    for package in ("torchcde", "torchdiffeq"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    found = {}
+    for whose in ("ours", "theirs"):
+        command = [sys.executable, "-c", CDE, whose]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+        assert "RESULT" in done.stdout, done.stderr
+        found[whose] = json.loads(done.stdout.split("RESULT")[1])
+    for name, numbers in found["theirs"].items():
+        for ours, theirs in zip(found["ours"][name], numbers, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5), name
