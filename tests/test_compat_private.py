@@ -503,4 +503,4 @@ def test_torchcde_gets_the_same_numbers_forwards_and_backwards() -> None:
         found[whose] = json.loads(done.stdout.split("RESULT")[1])
     for name, numbers in found["theirs"].items():
         for ours, theirs in zip(found["ours"][name], numbers, strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5), name
+            assert ours == pytest.approx(theirs, rel=3e-5, abs=3e-5), name
