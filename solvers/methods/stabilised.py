@@ -175,7 +175,7 @@ class RKC2(Stabilised):
         before, y = y0, _combine((y0, 1.0), (f0, wide * first))
         for j in range(2, table.count):
             mu, nu, weight, gamma, node, live = table.row(j)
-            f = field(field.time(t0 + dt * node), y)
+            f = field.raw(field.time(t0 + dt * node), y)
             terms = (y, mu), (before, nu), (y0, 1.0 - mu - nu), (f, wide * weight), (f0, wide * gamma)
             new = _combine(*terms)
             before, y = y, new if live is None else torch.where(live, new, y)
@@ -228,7 +228,7 @@ class ROCK4(Stabilised):
         for j in range(table.count):
             mu, kappa, time, live = table.row(j)
             if j > 0:
-                f = field(field.time(t0 + dt * time), y)
+                f = field.raw(field.time(t0 + dt * time), y)
             new = _combine((y, 1 + kappa), (before, -kappa), (f, wide * mu))
             before, y = y, new if live is None else torch.where(live, new, y)
         a, b, rest, times = _finish(layout, stages)
