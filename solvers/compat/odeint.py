@@ -101,18 +101,18 @@ class Problem:
         if choice.name == SCIPY:
             return scipy_solver.run(self, choice, adjoint, args)
         adapted = Adapted(adjoint, choice.adapt)
-        keywords: dict[str, Any] = choice.keywords | more
+        throw = choice.adaptive or choice.method.implicit
+        keywords: dict[str, Any] = {"max_steps": choice.max_steps, "throw": throw} | choice.keywords | more
         if choice.adaptive:
             keywords["controller"] = choice.controller
         try:
             solution = solve(
                 self.func, self.y0, self.t, method=choice.method, rtol=self.rtol, atol=self.atol, adjoint=adapted,
-                batch_dim=batch_dim, args=args,
-                **({"max_steps": choice.max_steps, "throw": choice.adaptive or choice.method.implicit} | keywords),
-            )
+                batch_dim=batch_dim, args=args, **keywords,
+            )  # fmt: skip
         except SolveError as error:
             raise failure(error, choice.max_steps) from None
-        _warn(solution, choice)
+        _warn(solution, not keywords["throw"])
         return solution
 
 
@@ -142,10 +142,11 @@ def check_times(t: Any, device: torch.device, what: str = "t") -> Tensor:
     if t.device != device:
         warnings.warn(f"{what} is not on the same device as y0. Coercing to y0.device.", stacklevel=4)
         t = t.to(device)
-    if len(t) == 0:
+    times = t.detach().double().cpu().numpy()
+    if len(times) == 0:
         raise CheckError(f"{what} must hold at least one time, found none")
-    difference = t.detach().diff()
-    if not (bool((difference > 0).all()) or bool((difference < 0).all())):
+    difference = np.diff(times)
+    if not ((difference > 0).all() or (difference < 0).all()):
         raise CheckError(f"{what} must be strictly increasing or decreasing, found {t.detach().tolist()!r:.80}")
     return t
 
@@ -182,7 +183,7 @@ def _positive(value: Any) -> Any:
     return torch.finfo(torch.float32).tiny if isinstance(value, (int, float)) and value == 0 else value
 
 
-def _warn(solution: Solution, choice: Choice) -> None:
+def _warn(solution: Solution, may_fail: bool) -> None:
     forced = solution.stats.forced
     if bool((forced > 0).any() if isinstance(forced, Tensor) else forced):
         warnings.warn(
@@ -190,7 +191,7 @@ def _warn(solution: Solution, choice: Choice) -> None:
             "Lower min_step, or try another method",
             stacklevel=4,
         )
-    if not solution.success:
+    if may_fail and not solution.success:
         warnings.warn(f"{solution.message} The rows that were not reached are NaN.", stacklevel=4)
 
 

@@ -54,6 +54,8 @@ ADAMS = ("explicit_adams", "implicit_adams", "fixed_adams")
 OPEN = ("implicit_midpoint", "gl4", "gl6")
 """Methods without a node at the ends of a step; callers of torchdiffeq see func evaluated at every time of the grid."""
 SCIPY = "scipy_solver"
+OTHERS = ("fixed_adams", SCIPY)
+"""Names that are no method of ``solvers``."""
 
 ADAPTIVE_OPTIONS = (
     "norm", "min_step", "max_step", "first_step", "step_t", "jump_t", "safety", "ifactor", "dfactor", "max_num_steps", "dtype",
@@ -98,7 +100,7 @@ class Choice(NamedTuple):
 
 def known_methods() -> tuple[str, ...]:
     """Every name that ``method=`` takes: torchdiffeq's, as far as they are built, and those of ``solvers.METHODS``."""
-    own = [name for name in CLASS_NAMES if name in METHODS or name in ("fixed_adams", SCIPY)]
+    own = [name for name in CLASS_NAMES if name in METHODS or name in OTHERS]
     return tuple(dict.fromkeys([*own, *METHODS]))
 
 
@@ -109,7 +111,7 @@ def choose(method: Any, options: Any, func: Any, y0: Any, t: Tensor, strict: boo
     warns of options that mean nothing to the method.
     """
     name = "dopri5" if method is None else method
-    if not isinstance(name, str) or name not in known_methods():
+    if not isinstance(name, str) or not (name in METHODS or name in OTHERS):
         known = ", ".join(f'"{known}"' for known in known_methods())
         raise MethodNameError(f'Invalid method "{name}". Must be one of {{{known}}}.')
     options = _copied(options)
@@ -161,6 +163,8 @@ def _method(name: str, options: Mapping[str, Any], y0: Any) -> Method:
 
 def _with(thing: Any, options: Mapping[str, Any], names: tuple[str, ...] | None = None) -> Any:
     """``thing`` with those ``options`` that are its own, or that are named."""
+    if not options:
+        return thing
     own = {key: options[key] for key in (options_of(thing) if names is None else names) if key in options}
     return dataclasses.replace(thing, **own) if own else thing
 
@@ -253,6 +257,8 @@ def _number(value: Any, what: str, positive: bool = False) -> float:
 
 
 def _adaptive(name: str, method: Method, options: dict[str, Any], func: Any, y0: Any, t: Tensor) -> Choice:
+    if not options:  # the usual case, and a tenth of what a short solve takes
+        return Choice(name, method, None, {}, (), ENDLESS, options)
     _warn_unused(name, options, (*ADAPTIVE_OPTIONS, *_own(method)))
     limit = options.get("max_num_steps", ENDLESS)
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
