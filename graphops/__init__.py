@@ -1,6 +1,6 @@
 """Graph operators on PyTorch: segment reductions and sparse products, twice differentiable, without a compiled wheel."""
 
-from . import data, message, rewire
+from . import data, fields, message, rewire
 from .attention import Attention
 from .backends import backend
 from .calculus import (
@@ -61,6 +61,7 @@ __all__ = [
     "PeronaMalik",
     "backend",
     "data",
+    "fields",
     "message",
     "rewire",
     "GraphopsError",
