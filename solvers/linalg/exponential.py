@@ -51,7 +51,7 @@ class KrylovSpace:
         if w.requires_grad:
             self.images.append(w)
         w, first, fresh = w.detach(), max(0, len(self) - 1) if self.symmetric else 0, False
-        before, column = self._length(w), []
+        column: list[Tensor] = []
         for v in self.vectors[first:]:
             h = self._dot(v, w)
             column.append(h)
@@ -59,6 +59,8 @@ class KrylovSpace:
             fresh = True
         column = [torch.zeros_like(column[0])] * first + column
         after = self._length(w)
+        # Of orthogonal parts: saves a pass over the state.
+        before = torch.stack([*(h.abs() for h in column[first:]), after]).square().sum(0).sqrt()
         # What is left of a vector inside the space is rounding.
         self.largest = torch.maximum(self.largest, before)
         after = torch.where(after > 32 * torch.finfo(w.dtype).eps * self.largest, after, 0.0)

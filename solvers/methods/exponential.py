@@ -145,6 +145,7 @@ class _Krylov:
     def __init__(self, op: FlatOperator, space: KrylovSpace, method: ExpLinear) -> None:
         self.op, self.layout, self.space, self.method = op, op.layout, space, method
         self.H: Any = None
+        self._largest: float | None = None
 
     def extend(self, tau: Tensor, norm: Any, scale: Tensor, active: Any, method: ExpLinear) -> tuple[Any, Any]:
         """Enlarge the space until it is good for ``tau``: the error, and ``tau`` in units of what it is good for."""
@@ -173,8 +174,20 @@ class _Krylov:
         """Norm of the last vector's part in the solution, which the space without it lacks."""
         space = self.space
         last = expm(integrated(space.matrix()), tau.unsqueeze(0))[0, ..., -2, -1].abs() * space.length
-        size = norm(space.vectors[-1], scale)
-        return last.item() * size if self.layout.joint else last * size
+        if not self.layout.joint:
+            return last * norm(space.vectors[-1], scale)
+        if norm.custom is None:
+            # A unit vector's norm is at least this: far from the tolerance, no need to look at the vector.
+            least = last.item() / (self.largest(scale) * self.layout.width**0.5)
+            if least > 1:
+                return least
+        return last.item() * norm(space.vectors[-1], scale)
+
+    def largest(self, scale: Tensor) -> float:
+        """Largest of the tolerances."""
+        if self._largest is None:
+            self._largest = float(scale.max())
+        return self._largest
 
     def _share(self, tau: Tensor, error: Any, norm: Any, scale: Tensor) -> Any:
         ops, trial, share = self.layout.ops, tau, error * 0.0 + 1.0
@@ -303,7 +316,7 @@ class _Poisson:
             running = running & (found > method.inner_tol)
             if not any_true(running):
                 break
-            self.terms.append(self.terms[-1] + self.op.product(self.terms[-1]) / self.rate)
+            self.terms.append(torch.add(self.terms[-1], self.op.product(self.terms[-1]), alpha=1 / self.rate))
         if float(self.terms[-1].detach().abs().max()) > 1.001 * float(largest):
             raise ArgumentError(
                 f"the field says rate={self.rate:g}, but the products with I + L / rate grow: its entries off the diagonal must "
