@@ -71,6 +71,16 @@ def jobs(operator: Operator, graph: Graph, operands: list[Tensor]) -> dict[tuple
     return found
 
 
+def in_a_row(run: Callable[[], Any], calls: int) -> Callable[[], Any]:
+    """`run`, `calls` times."""
+
+    def repeated() -> None:
+        for _ in range(calls):
+            run()
+
+    return repeated
+
+
 def copy_rate() -> float:
     """GB/s of a stream copy of 240 MB, bytes counted once, as those of the kernels are."""
     source = torch.rand(60_000_000)
@@ -87,12 +97,13 @@ def measure(name: str, problem: GraphProblem, graph: Graph, copy: float) -> list
             continue
         operands = operator.operands(graph, problem.width)
         todo = jobs(operator, graph, operands)
-        timings = interleaved({" / ".join(key): run for key, run in todo.items()}, problem.repeats)
+        rounds = {" / ".join(key): in_a_row(run, problem.calls) for key, run in todo.items()}
+        timings = interleaved(rounds, problem.repeats)
         for implementation in dict.fromkeys(key[0] for key in todo):
             line: dict[str, Any] = {"name": implementation, "operator": operator_name, "graph": name}
             for mode in MODES:
                 if (implementation, mode) in todo:
-                    line[mode] = 1e3 * min(timings[f"{implementation} / {mode}"].cpu)
+                    line[mode] = 1e3 * min(timings[f"{implementation} / {mode}"].cpu) / problem.calls
             line["rate"] = operator.traffic(graph, problem.width) / line["forward"] / 1e6
             line["share"] = 100 * line["rate"] / copy
             lines.append(line)
