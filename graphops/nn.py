@@ -122,12 +122,15 @@ class GraphDiffusion(nn.Module):
             raise ArgumentTypeError(f"edges must be an edge_index (2, E) or a Graph, not {type(edges).__name__}")
         parts: tuple[Any, ...] = (edges.edge_index, edges.weight) if isinstance(edges, Graph) else (edges, weight)
         # Values in place are told by their version: an edge_index that is written to is another graph.
-        state = (nodes, *(None if part is None else part._version for part in parts))
+        state = (nodes, *(None if part is None or part.is_inference() else part._version for part in parts))
         for old, was, graph in self._graphs:
             if was == state and all(a is b for a, b in zip(old, parts)):
                 return graph
         graph = self._prepared(edges if isinstance(edges, Graph) else Graph(edges, nodes, weight), nodes)
-        if graph.weight is None or not graph.weight.requires_grad:
+        # A learned weight would bring its graph of gradients along, or, without gradients now, lose it for later calls;
+        # tensors of inference mode could not be used in training.
+        learned = parts[1] is not None and parts[1].requires_grad
+        if not learned and not torch.is_inference_mode_enabled():
             self._graphs = [*self._graphs[1 - KEPT_GRAPHS :], (parts, state, graph)]
         return graph
 

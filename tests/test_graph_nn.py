@@ -219,9 +219,21 @@ def test_learned_edge_weights_are_used_anew():
     weight = torch.rand(graph.num_edges, dtype=DOUBLE, requires_grad=True)
     layer = layer_of(attention=EdgeAttention(4, heads=2, reweight="shares"))
     weighted = graph.with_weight(weight)
+    with torch.no_grad():
+        layer(x, weighted)  # what is evaluated without gradients must not be kept for those with
     for _ in range(2):
         layer(x, weighted).square().sum().backward()
     assert weight.grad.abs().max() > 0
+
+
+def test_training_after_inference():
+    x, edges, layer = features(), graph_of().edge_index, layer_of()
+    with torch.inference_mode():
+        expected = layer(x, edges)
+        torch.testing.assert_close(layer(x.clone(), edges.clone()), expected)
+    out = layer(x, edges)
+    out.square().sum().backward()
+    torch.testing.assert_close(out, expected.clone())
 
 
 def test_another_graph_at_each_call():
