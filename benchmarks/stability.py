@@ -20,7 +20,8 @@ FARTHEST = 50.0  # |z| beyond which an axis is called unbounded
 FORCED_UNTIL = 24.0  # steps during which a multistep method's roots are all excited
 SHORT, LONG = 240, 1200  # steps of a multistep method
 
-PREDICTED = ("prox_euler",)  # one-step formulas whose state is only a predictor of their own solution
+# One-step formulas whose state is only a predictor of their own solution.
+PREDICTED = ("prox_euler", "prox_multistage2", "prox_multistage3")
 
 THREE = (2.512745326618329, math.sqrt(3))
 FOUR = (2.785293563405282, math.sqrt(8))
@@ -44,6 +45,8 @@ KNOWN: dict[str, tuple[float | None, float | None]] = {
     "dopri8": (5.1666336200, None),
     "dop853": (6.3936515228, 5.9603598),
     "prox_euler": (math.inf, math.inf),
+    "prox_cn": (math.inf, math.inf),
+    "prox_bdf2": (math.inf, math.inf),
     # Adams-Bashforth k: 2 / sum_j |b_j| (Hairer & Wanner II, V.1); imaginary: the orders whose locus encloses a part.
     "explicit_adams, order 1": (2, 0),
     "explicit_adams, order 2": (1, 0),

@@ -117,6 +117,12 @@ def test_implicit_steps(mode: str, extra: dict[str, Any]) -> None:
     agrees(mode, 1e-9, extra, method="prox_euler", num_steps=12)
 
 
+@pytest.mark.parametrize("mode", ["joint", pytest.param("batch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["prox_cn", "prox_bdf4", "prox_multistage3"])
+def test_proximal_steps_of_higher_order(method: str, mode: str) -> None:
+    agrees(mode, 1e-9, {"checkpoints": 2}, method=method, num_steps=12)
+
+
 IMPLICIT = [name for name in METHODS if isinstance(METHODS[name], ImplicitRungeKutta)]
 
 

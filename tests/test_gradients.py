@@ -16,7 +16,11 @@ ADAPTIVE = [name for name in ANY_FIELD if METHODS[name].error_order is not None]
 OPAQUE = [name for name in FIXED if METHODS[name].implicit or METHODS[name].reads_values]
 EXPLICIT = [name for name in FIXED if name not in OPAQUE]
 
-EACH_FIXED = pytest.mark.parametrize("name", FIXED)
+ALIKE = ("prox_bdf2", "prox_bdf3", "prox_multistage2", "prox_multistage3")
+"""Other orders of what prox_bdf4 does, which starts by the stages of prox_multistage3."""
+EACH_FIXED = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in FIXED]
+)
 EACH_ADAPTIVE = pytest.mark.parametrize("name", ADAPTIVE)
 EACH_EXPLICIT = pytest.mark.parametrize("name", EXPLICIT)
 BOTH_MODES = pytest.mark.parametrize("batch_dim", [None, 0], ids=["joint", "rows"])

@@ -110,6 +110,35 @@ def _pick(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(0, index.expand(values.shape[1:]).unsqueeze(0))[0]
 
 
+def combined(layout: Any, weights: Any, tensors: tuple[Tensor, ...]) -> Tensor:
+    """sum_i weights_i tensors_i; ``weights``: floats, or ``(K, ...)``."""
+    if isinstance(weights, Tensor):
+        weights = layout.spread(weights).unbind(0) if not layout.joint else weights.to(layout.real_dtype).unbind(0)
+    total: Any = None
+    for weight, x in zip(weights, tensors):
+        if total is None:
+            total = weight * x
+        elif isinstance(weight, Tensor):
+            total = torch.addcmul(total, weight, x) if not x.is_complex() else total + weight * x
+        else:
+            total = torch.add(total, x, alpha=weight)
+    return total
+
+
+def variable_coefficients(s: Any, dt: Any) -> tuple[Any, Any]:
+    """(weights of a, g) of the formula of order len(s) with the coefficients of this grid."""
+    d, T = slopes(s), differences(s)
+    if isinstance(s, Tensor):
+        return weigh(T, 1.0 - d[:-1] / d[-1]), dt / d[-1]
+    return weigh(T, [1.0 - x / d[-1] for x in d[:-1]]), dt / d[-1]
+
+
+def increments(s: Any) -> list[Any]:
+    """Weights of Phi*_1, Phi*_2, ..: what each degree more adds to the polynomial through the nodes at the new point."""
+    T = differences(s)
+    return list(T[:, 1:].unbind(1)) if isinstance(T, Tensor) else T[1:]
+
+
 def lagrange(x: Tensor, count: Any) -> Tensor:
     """Coefficients in powers of u of the Lagrange polynomials of the first ``count`` (int or ``(B,)``) of the nodes ``x``
     ``(K, ...)``: ``(K, powers, ...)``, 0 for the other nodes."""

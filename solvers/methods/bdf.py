@@ -13,9 +13,9 @@ from ..optim import InnerOptimizer
 from ..optim.newton import Newton
 from ..status import ArgumentError
 from .adams_weights import distances
-from .backward_weights import HARMONIC, Backward, base_weights, fixed_leading, lagrange, values
+from .backward_weights import HARMONIC, Backward, base_weights, combined, fixed_leading, lagrange, values
 from .base import METHODS, Method, StepOut
-from .solving import check_inner_options, inner_named, number, solve_stage
+from .solving import check_inner_options, inner_named, number, remembered, solve_stage
 
 CHOOSING = Newton("auto")
 
@@ -116,7 +116,7 @@ class BDF(Method):
     def init(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor | None) -> BDFState:
         layout = field.layout
         slope = torch.zeros_like(y0.detach()) if f0 is None else f0.detach()
-        memory = self.inner.chosen(layout).remember(layout, y0.detach())
+        memory = remembered(self, layout, y0)
         if layout.joint:
             return BDFState((slope,), (), 0, 1, memory)
         step = torch.where(torch.as_tensor(dt).detach() < 0, -1.0, 1.0).to(torch.float64).expand(layout.batch)
@@ -137,7 +137,7 @@ class BDF(Method):
         def live() -> tuple[Tensor, Any]:
             return self._live(layout, dt, y0, past, state, weights)
 
-        start = lambda problem: problem.evaluate(predicted)
+        start = lambda problem, evaluate: evaluate(predicted)
         done = solve_stage(self, field, t0, dt, base, g, start, live, state.memory, active, scale)
         found, problem = done.found, done.problem
         with torch.no_grad():
@@ -158,7 +158,7 @@ class BDF(Method):
         base: Any = weights.base
         if any(isinstance(x, Tensor) and x.requires_grad for x in (dt, *steps)):
             base = base_weights(distances(dt, (dt,) if begins else _steps(layout, dt, state)), k)
-        return _combine(layout, base, (y0, *known)), dt * _inverse_harmonic(k)
+        return combined(layout, base, (y0, *known)), dt * _inverse_harmonic(k)
 
     def ratio(self, norm: Any, y0: Tensor, out: StepOut) -> Any:
         differences, exist, multiples = out.error
@@ -184,7 +184,7 @@ class BDF(Method):
         weights = values(rows, theta, derivative) * unit**-derivative if derivative else values(rows, theta)
         if layout.joint:
             return torch.einsum("kn,ki->ni", weights.to(layout.dtype), torch.stack(states))
-        return _combine(layout, weights, states)
+        return combined(layout, weights, states)
 
 
 def _inverse_harmonic(k: Any) -> Any:
@@ -218,25 +218,10 @@ def _steps(layout: Any, dt: Any, state: BDFState) -> tuple[Any, ...]:
     return (torch.where((state.count == 0) & (dt != 0), dt, state.steps[0]), *state.steps[1:])
 
 
-def _combine(layout: Any, weights: Any, tensors: tuple[Tensor, ...]) -> Tensor:
-    """sum_i weights_i tensors_i; ``weights``: floats, or ``(K, ...)``."""
-    if isinstance(weights, Tensor):
-        weights = layout.spread(weights).unbind(0) if not layout.joint else weights.to(layout.real_dtype).unbind(0)
-    total: Any = None
-    for weight, x in zip(weights, tensors):
-        if total is None:
-            total = weight * x
-        elif isinstance(weight, Tensor):
-            total = torch.addcmul(total, weight, x) if not x.is_complex() else total + weight * x
-        else:
-            total = torch.add(total, x, alpha=weight)
-    return total
-
-
 def _combinations(layout: Any, weights: Backward, states: tuple[Tensor, ...]) -> list[Any]:
     """The four combinations, None for one without weights."""
     if not layout.joint:
-        return [_combine(layout, part, states) for part in weights[:4]]
+        return [combined(layout, part, states) for part in weights[:4]]
     kept = [part for part in weights[:4] if part is not None]
     width = max(len(part) for part in kept)
     matrix = torch.tensor([[*part, *[0.0] * (width - len(part))] for part in kept], dtype=layout.dtype, device=layout.device)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..optim import INNER_OPTIMIZERS, InnerOptimizer, InnerResult, Point, ProximalProblem, any_true, attach, minimise
+from ..optim import INNER_OPTIMIZERS, InnerOptimizer, InnerResult, Point, ProximalProblem, all_true, any_true, attach, minimise
 from ..status import ArgumentError, ArgumentTypeError, Status
 
 
@@ -24,11 +24,14 @@ class Solved(NamedTuple):
 
 
 def check_inner_options(method: Any) -> None:
-    """Raise ``ArgumentError`` unless ``inner_tol``, ``max_iters`` and ``backward_tol`` are positive."""
+    """Raise ``ArgumentError`` unless ``inner_tol``, ``max_iters`` and ``backward_tol`` are positive, ``UnknownNameError`` for a
+    ``fallback`` that nothing is called."""
     for option in ("inner_tol", "max_iters", "backward_tol"):
         value = getattr(method, option)
         if value is not None and not value > 0:
             raise ArgumentError(f"{option} must be positive, found {value}")
+    if getattr(method, "fallback", None) is not None:
+        INNER_OPTIMIZERS[method.fallback]
 
 
 def inner_named(inner: Any, auto: InnerOptimizer) -> InnerOptimizer:
@@ -43,6 +46,21 @@ def inner_named(inner: Any, auto: InnerOptimizer) -> InnerOptimizer:
     return auto if inner == "auto" else INNER_OPTIMIZERS[inner]
 
 
+Start = Callable[[ProximalProblem, Callable[[Tensor], Point]], Point]
+
+
+def remembered(method: Any, layout: Any, y0: Tensor) -> Any:
+    """The memory of the inner solvers at the start of a solve: that of the method's own, and that of its ``fallback``."""
+    return tuple(inner.remember(layout, y0.detach()) for inner in _inners(method, layout))
+
+
+def _inners(method: Any, layout: Any) -> list[Any]:
+    """The method's inner solver, and what serves where that fails; a Newton iteration has no need of the latter."""
+    own = method.inner.chosen(layout)
+    name = getattr(method, "fallback", None)
+    return [own] if name is None or hasattr(own, "filtered") else [own, INNER_OPTIMIZERS[name].chosen(layout)]
+
+
 def solve_stage(
     method: Any,
     field: Any,
@@ -50,44 +68,80 @@ def solve_stage(
     dt: Any,
     base: Tensor,
     g: Any,
-    start: Callable[[ProximalProblem], Point],
+    start: Start,
     live: Callable[[], tuple[Tensor, Any]],
     memory: Any,
     active: Any,
     scale: Tensor,
+    node: float = 1.0,
+    tol: float | None = None,
 ) -> Solved:
-    """Solve r(z) = z - base - g f(t0 + dt, z) = 0 by ``method.inner`` to ``method.inner_tol``.
+    """Solve r(z) = z - base - g f(t0 + node dt, z) = 0 by ``method.inner`` to ``tol`` (None: ``method.inner_tol``), and where
+    that does not get there by ``method.fallback``.
 
     Args:
-        base, g: detached; g float or ``(B,)``. start: the first iterate, its residual evaluated. live: a and g again, with
-            the gradients that they carry; called where gradients are recorded. scale: of the error norm, in units of y.
+        base, g: detached; g float or ``(B,)``. start: the problem and its residual, ``z -> Point``, to the first iterate.
+            live: a and g again, with the gradients that they carry; called where gradients are recorded. scale: of the
+            error norm, in units of y.
     """
-    size, grad, inner = number(dt), torch.is_grad_enabled(), method.inner.chosen(field.layout)
+    grad, inners = torch.is_grad_enabled(), _inners(method, field.layout)
     with torch.no_grad():
-        (t1,) = field.times(number(t0), size, (1.0,))
+        (t1,) = field.times(number(t0), number(dt), (node,))
         problem = ProximalProblem(field, t1, base, g, field.norm, scale)
-        with torch.set_grad_enabled(grad):
-            first = start(problem)
-        found = minimise(
-            problem, inner, detached(first), tol=method.inner_tol, max_iters=method.max_iters or inner.patience,
-            active=active, memory=memory,
-        )  # fmt: skip
+
+        def evaluate(z: Tensor) -> Point:
+            with torch.set_grad_enabled(grad):
+                return detached(problem.evaluate(z))
+
+        first = start(problem, evaluate)
+        found = _found(method, problem, inners, first, memory, active, tol or method.inner_tol)
     z, calls = found.z, problem.calls
     if grad and any_true(found.converged):
         base, g = live()
         if problem.depends or any(isinstance(x, Tensor) and x.requires_grad for x in (base, t0, dt, g)):
-            z, calls = _recorded(method, field, t0, dt, base, g, problem, found, inner), calls + 2
+            z, calls = _recorded(method, field, (t0, dt, node), base, g, problem, found, inners[0]), calls + 2
     return Solved(z, found, problem, calls, _status(problem, found))
 
 
+def _found(
+    method: Any, problem: ProximalProblem, inners: list[Any], first: Point, memory: Any, active: Any, tol: float
+) -> InnerResult:
+    own, rest = inners[0], inners[1:]
+    found = minimise(
+        problem, own, first, tol=tol, max_iters=method.max_iters or own.patience, active=active, memory=memory[0]
+    )
+    failed = active & problem.ops.invert(found.converged)
+    if not rest or not any_true(failed):
+        return found._replace(memory=(found.memory, *memory[1:]))
+    # From the start again: what a failed iteration left may be far away.
+    more = minimise(problem, rest[0], first, tol=tol, max_iters=rest[0].patience, active=failed, memory=memory[1])
+    ops = problem.ops
+    return InnerResult(
+        problem.keep(failed, more.z, found.z),
+        ops.where(failed, more.norm, found.norm),
+        found.iterations + more.iterations,
+        ops.where(failed, more.converged, found.converged),
+        (found.memory, more.memory),
+    )
+
+
+def guarded(
+    problem: ProximalProblem, evaluate: Callable[[Tensor], Point], z: Tensor, plain: Tensor, rough: Tensor, tol: float
+) -> Point:
+    """``z``, or ``plain`` in samples where z has a larger residual than ``rough``, which is about that of ``plain``."""
+    point = evaluate(z)
+    good = problem.norm(point.r) <= problem.ops.maximum(problem.norm(rough), tol)
+    return point if all_true(good) else problem.evaluate(problem.keep(good, z, plain))
+
+
 def _recorded(
-    method: Any, field: Any, t0: Any, dt: Any, base: Tensor, g: Any, problem: ProximalProblem, found: InnerResult, inner: Any
+    method: Any, field: Any, place: tuple, base: Tensor, g: Any, problem: ProximalProblem, found: InnerResult, inner: Any
 ) -> Tensor:
     """The solution as a function of everything the step depends on; samples without one stay constants."""
-    wide = field.layout.spread(g)
+    wide, (t0, dt, node) = field.layout.spread(g), place
 
     def residual(z: Tensor) -> Tensor:
-        (t1,) = field.times(t0, dt, (1.0,))
+        (t1,) = field.times(t0, dt, (node,))
         return z - base - wide * field(t1, z)
 
     # f and its derivative need not exist at an iterate that failed.
