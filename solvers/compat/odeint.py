@@ -145,7 +145,7 @@ def check_times(t: Any, device: torch.device, what: str = "t") -> Tensor:
     times = t.detach().double().cpu().numpy()
     if len(times) == 0:
         raise CheckError(f"{what} must hold at least one time, found none")
-    difference = np.diff(times)
+    difference = times[1:] - times[:-1]
     if not ((difference > 0).all() or (difference < 0).all()):
         raise CheckError(f"{what} must be strictly increasing or decreasing, found {t.detach().tolist()!r:.80}")
     return t
