@@ -196,10 +196,13 @@ def test_a_run_writes_its_table_json_and_picture_and_the_page_holds_all(extras, 
 
 
 def test_the_main_job_stops_a_solver_at_its_budget_and_shows_it(extras, tmp_path, capsys, monkeypatch):
-    from benchmarks import stiff_diffusion
     from benchmarks.cli import main
 
-    monkeypatch.setattr(stiff_diffusion, "QUICK_BUDGET", 0.2)
+    def over(deadline):  # by looks at the clock, not by the clock: a loaded machine stops the same solvers
+        deadline.looks = getattr(deadline, "looks", 0) + 1
+        return deadline.looks > 2500
+
+    monkeypatch.setattr(Deadline, "over", over)
     target = tmp_path / "a.json"
     arguments = ["run", "stiff-diffusion", "--quick", "--methods", "dopri5", "--peers", "scipy-bdf,cvode-gmres"]
     assert main([*arguments, "--problems", "line", "--json", str(target), "--plot", str(tmp_path / "a.png")]) == 0
