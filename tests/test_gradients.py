@@ -274,26 +274,6 @@ def test_functional_transforms_of_explicit_methods_at_fixed_steps(name, batch_di
     torch.testing.assert_close(along, exact, rtol=1e-11, atol=1e-12)
 
 
-@BOTH_MODES
-@pytest.mark.parametrize("name", [name for name in ADAPTIVE if not (METHODS[name].implicit or METHODS[name].reads_values)])
-def test_functional_transforms_of_explicit_methods_at_adaptive_steps(name, batch_dim, device):
-    """First and second derivatives by torch.func are those of torch.autograd: they go through the same steps."""
-    t = double(0.0, 0.37, 0.8, device=device, grad=False)
-    matrix, rate, bias = (x.detach() for x in parameters(device))
-    weights = {"matrix": matrix, "rate": rate}
-    y0 = start(batch_dim, device).detach()
-
-    def solution(y0, bias):
-        return solve(field, y0, t, args=(weights, bias), method=name, rtol=1e-4, atol=1e-6, batch_dim=batch_dim).y
-
-    loss = lambda y0, bias: solution(y0, bias).pow(3).sum()
-    exact = torch.autograd.functional.jacobian(solution, (y0, bias))
-    for transform in (torch.func.jacrev, torch.func.jacfwd):
-        torch.testing.assert_close(transform(solution, argnums=(0, 1))(y0, bias), exact, rtol=1e-10, atol=1e-12)
-    second = torch.autograd.functional.hessian(loss, (y0, bias))
-    torch.testing.assert_close(torch.func.hessian(loss, argnums=(0, 1))(y0, bias), second, rtol=1e-9, atol=1e-11)
-
-
 @pytest.mark.parametrize("mode", ["jacrev", "jvp", "vmap"])
 @EACH_EXPLICIT
 def test_functional_transforms_to_the_times_are_right_or_refused(name, mode, device):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -143,12 +142,12 @@ def check_times(t: Any, device: torch.device, what: str = "t") -> Tensor:
     if t.device != device:
         warnings.warn(f"{what} is not on the same device as y0. Coercing to y0.device.", stacklevel=4)
         t = t.to(device)
-    times = t.tolist()
-    if not times:
+    times = t.detach().double().cpu().numpy()
+    if len(times) == 0:
         raise CheckError(f"{what} must hold at least one time, found none")
-    pairs = list(pairwise(times))
-    if not (all(a < b for a, b in pairs) or all(a > b for a, b in pairs)):
-        raise CheckError(f"{what} must be strictly increasing or decreasing, found {times!r:.80}")
+    difference = times[1:] - times[:-1]
+    if not ((difference > 0).all() or (difference < 0).all()):
+        raise CheckError(f"{what} must be strictly increasing or decreasing, found {t.detach().tolist()!r:.80}")
     return t
 
 
