@@ -110,12 +110,14 @@ def reduction(name: str, **others: Function) -> Operator:
 # --- products --------------------------------------------------------------------------------------------------------
 
 
-def weighted(graph: Graph, width: int) -> list[Tensor]:
+def weights_and(rows: int, graph: Graph, width: int) -> list[Tensor]:
+    """A weight for each edge, and values ``(rows, width)``."""
     generator = torch.Generator().manual_seed(0)
-    return [
-        torch.rand(graph.num_edges, generator=generator),
-        torch.randn(graph.num_sources, width, generator=generator),
-    ]
+    return [torch.rand(graph.num_edges, generator=generator), torch.randn(rows, width, generator=generator)]
+
+
+def weighted(graph: Graph, width: int) -> list[Tensor]:
+    return weights_and(graph.num_sources, graph, width)
 
 
 def spmm_traffic(graph: Graph, width: int) -> float:
@@ -226,15 +228,7 @@ def gathered_gradient(graph: Graph, x: Tensor) -> Tensor:
 
 
 def flow_at_edges(graph: Graph, width: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        torch.rand(graph.num_edges, generator=generator),
-        torch.randn(graph.num_edges, width, generator=generator),
-    ]
-
-
-def divergence_traffic(graph: Graph, width: int) -> float:
-    return 4.0 * (graph.num_edges * (width + 2) + graph.num_targets * width)
+    return weights_and(graph.num_edges, graph, width)
 
 
 def divergence(graph: Graph, weights: Tensor, flow: Tensor) -> Tensor:
@@ -299,7 +293,7 @@ OPERATORS: dict[str, Operator] = {
     "gradient": Operator(one_at_nodes, gradient_traffic, graphops.gradient, {"gather": gathered_gradient}),
     "divergence": Operator(
         flow_at_edges,
-        divergence_traffic,
+        spmm_traffic,
         divergence,
         {"index_add": summed_divergence, "torch_scatter.scatter_add": scattered_divergence},
     ),

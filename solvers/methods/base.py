@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..registry import Registry
@@ -138,6 +139,43 @@ class Method(ABC):
         if isinstance(out.error, tuple):
             return tuple(norm(e, scale) for e in out.error)
         return norm(out.error, scale)
+
+
+class TableauMethod(Method):
+    """A method that is what its ``tableau`` says."""
+
+    tableau: Any
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.tableau.name
+
+    @property
+    def order(self) -> int:  # type: ignore[override]
+        return self.tableau.order
+
+    @property
+    def error_order(self) -> int | None:  # type: ignore[override]
+        return self.tableau.error_order
+
+    @property
+    def reference(self) -> str:  # type: ignore[override]
+        return self.tableau.reference
+
+
+def number(x: Any) -> Any:
+    """Without a gradient: a float in joint mode, else ``(B,)``."""
+    if not isinstance(x, Tensor):
+        return x
+    return x.item() if x.dim() == 0 else x.detach()
+
+
+def inverse(dt: Any) -> Any:
+    """1 / dt, 0 where dt is 0."""
+    if not isinstance(dt, Tensor):
+        return 1.0 / dt if dt else 0.0
+    still = dt == 0
+    return torch.where(still, 0.0, 1.0 / torch.where(still, 1.0, dt))
 
 
 METHODS: Registry[Method] = Registry("method")

@@ -14,8 +14,8 @@ from ..optim.newton import Newton
 from ..status import ArgumentError
 from .adams_weights import distances
 from .backward_weights import HARMONIC, Backward, base_weights, combined, fixed_leading, lagrange, values
-from .base import METHODS, Method, StepOut
-from .solving import check_inner_options, inner_named, number, remembered, solve_stage
+from .base import METHODS, Method, StepOut, number
+from .solving import check_inner_options, inner_named, remembered, solve_stage
 
 CHOOSING = Newton("auto")
 

@@ -14,16 +14,17 @@ from ..optim import (
     INNER_OPTIMIZERS,
     Algebra,
     InnerOptimizer,
-    Point,
     StageProblem,
     any_true,
     attach,
     minimise,
 )
 from ..optim.newton import Newton
-from ..status import ArgumentError, ArgumentTypeError, Status
-from .base import METHODS, Method, StepOut
+from ..status import ArgumentError, Status
+from .base import METHODS, StepOut, TableauMethod, inverse, number
 from .implicit_tableaus import IMPLICIT_TABLEAUS, ImplicitTableau
+from .solving import check_inner_options, detached, inner_named
+from .tableau import polynomial
 
 CHOOSING = Newton("auto")
 
@@ -66,7 +67,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class ImplicitRungeKutta(Method):
+class ImplicitRungeKutta(TableauMethod):
     """k_i = f(t0 + c_i dt, y0 + dt sum_j a_ij k_j), y1 = y0 + dt sum_i b_i k_i; the stages are solved by Newton iterations.
 
     One by one where the matrix is triangular, else together, in the coordinates in which it is diagonal. The increments
@@ -96,32 +97,11 @@ class ImplicitRungeKutta(Method):
     remedy: ClassVar[str] = "smaller steps, jac=, or a larger max_iters= or inner_tol="
 
     def __post_init__(self) -> None:
-        for option in ("inner_tol", "max_iters", "backward_tol"):
-            if not getattr(self, option) > 0:
-                raise ArgumentError(f"{option} must be positive, found {getattr(self, option)}")
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.tableau.name
-
-    @property
-    def order(self) -> int:  # type: ignore[override]
-        return self.tableau.order
-
-    @property
-    def error_order(self) -> int | None:  # type: ignore[override]
-        return self.tableau.error_order
-
-    @property
-    def reference(self) -> str:  # type: ignore[override]
-        return self.tableau.reference
+        check_inner_options(self)
 
     def choose_inner(self, inner: Any) -> InnerOptimizer:
         """Raises ``ArgumentError`` for an inner solver that is no Newton iteration, ``UnknownNameError`` for unknown names."""
-        if isinstance(inner, str):
-            inner = self.inner if inner == "auto" else INNER_OPTIMIZERS[inner]
-        if not isinstance(inner, InnerOptimizer):
-            raise ArgumentTypeError(f"inner must be a name or an InnerOptimizer, found {type(inner).__name__}")
+        inner = inner_named(inner, self.inner)
         if not hasattr(inner, "filtered"):
             names = ", ".join(repr(name) for name, item in INNER_OPTIMIZERS.items() if hasattr(item, "filtered"))
             raise ArgumentError(f"method {self.name!r} needs a Newton iteration, inner= one of {names}")
@@ -154,7 +134,7 @@ class ImplicitRungeKutta(Method):
             if not any_true(attempt.work.good):
                 return self._failed(attempt, active)
         y1 = last if tableau.stiffly_accurate else y0 + _sum(tableau.b, increments)
-        end = increments[-1] * layout.spread(_inverse(dt)) if tableau.stiffly_accurate else None
+        end = increments[-1] * layout.spread(inverse(dt)) if tableau.stiffly_accurate else None
         error = self._error(attempt, increments)
         slope = self._slope(attempt, y1, end)
         past = tuple(x.detach() for x in increments)
@@ -191,9 +171,9 @@ class ImplicitRungeKutta(Method):
         wide = layout.spread(theta)
         wide = wide.unsqueeze(-1) if layout.joint else wide
         result: Any = dense.y0 if derivative == 0 else torch.zeros_like(dense.y0)
-        scale = layout.spread(_inverse(dense.dt)) ** derivative if derivative else 1.0
+        scale = layout.spread(inverse(dense.dt)) ** derivative if derivative else 1.0
         for column, increment in zip(columns, dense.increments, strict=True):
-            result = result + _polynomial(column, wide, derivative) * (increment * scale if derivative else increment)
+            result = result + polynomial((0.0, *column), wide, derivative) * (increment * scale if derivative else increment)
         return result
 
 
@@ -205,7 +185,7 @@ class _Attempt:
     ) -> None:
         self.method, self.field, self.state = method, field, state
         self.t0, self.dt, self.y0 = t0, dt, y0
-        self.start, self.size, self.begin = y0.detach(), _number(dt), _number(t0)
+        self.start, self.size, self.begin = y0.detach(), number(dt), number(t0)
         self.wide = field.layout.spread(self.size)
         self.inner: Any = method.inner.chosen(field.layout)
         self.memory = state.memory
@@ -240,7 +220,7 @@ class _Attempt:
             with torch.set_grad_enabled(grad):
                 first = problem.evaluate(guess)
             found = minimise(
-                problem, self.inner, _detached(first), tol=method.inner_tol, max_iters=method.max_iters,
+                problem, self.inner, detached(first), tol=method.inner_tol, max_iters=method.max_iters,
                 active=self.work.good, memory=self.memory,
             )  # fmt: skip
             self.memory = found.memory
@@ -290,7 +270,7 @@ class _Attempt:
         tableau, spread = self.method.tableau, self.field.layout.spread
         z = self.start
         for column, weight, increment in zip(tableau.extension.P, tableau.b, self.state.past, strict=True):
-            z = z + spread(_polynomial(column, theta, 0) - weight) * increment.detach()
+            z = z + spread(polynomial((0.0, *column), theta, 0) - weight) * increment.detach()
         return z
 
     def filtered(self, weight: float, x: Tensor) -> Tensor:
@@ -322,17 +302,6 @@ def _inverted(tableau: ImplicitTableau, block: tuple[int, ...]) -> list[list[flo
     return np.linalg.inv(np.array(_block(tableau, block)[1])).tolist()
 
 
-def _polynomial(column: tuple[float, ...], theta: Any, derivative: int) -> Any:
-    """sum_p column_p theta^p, p = 1, 2, ..., or its d-th derivative, by Horner's rule."""
-    coefficients = [0.0, *column]
-    for _ in range(derivative):
-        coefficients = [p * c for p, c in enumerate(coefficients)][1:]
-    total: Any = 0.0 * theta
-    for c in reversed(coefficients):
-        total = total * theta + c
-    return total
-
-
 def _sum(weights: Any, terms: list[Any]) -> Any:
     """sum_i weights_i terms_i, leaving out what has no weight."""
     total: Any = None
@@ -340,25 +309,6 @@ def _sum(weights: Any, terms: list[Any]) -> Any:
         if weight:
             total = weight * term if total is None else torch.add(total, term, alpha=weight)
     return total
-
-
-def _inverse(dt: Any) -> Any:
-    """1 / dt, 0 where dt is 0."""
-    if not isinstance(dt, Tensor):
-        return 1.0 / dt if dt else 0.0
-    still = dt == 0
-    return torch.where(still, 0.0, 1.0 / torch.where(still, 1.0, dt))
-
-
-def _number(x: Any) -> Any:
-    """Without a gradient: a float in joint mode, else ``(B,)``."""
-    if not isinstance(x, Tensor):
-        return x
-    return x.item() if x.dim() == 0 else x.detach()
-
-
-def _detached(point: Point) -> Point:
-    return Point(point.z, point.r.detach(), point.f)
 
 
 def _status(layout: Any, work: Work, active: Any) -> Any:

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..optim import INNER_OPTIMIZERS, Algebra, InnerOptimizer, InnerResult, Point, ProximalProblem, any_true
 from .adams_weights import distances
 from .backward_weights import combined, increments, lagrange, values, variable_coefficients
-from .base import METHODS, Method, StepOut
-from .solving import check_inner_options, guarded, inner_named, inverse, number, remembered, solve_stage
+from .base import METHODS, Method, StepOut, inverse, number
+from .solving import check_inner_options, guarded, inner_named, remembered, solve_stage
 
 NOISE = 3.0
 """Multiples of the inner tolerance below which the second-order term of the predictor is noise: it amplifies the errors of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..layout import forward_mode, transforms_active
-from .base import METHODS, Method, StepOut
+from .base import METHODS, StepOut, TableauMethod
 from .stages import BufferStages, HostStages, ListStages, Row, RowStages
 from .tableau import Tableau
 from .tableaus import TABLEAUS
@@ -45,29 +45,13 @@ class RKDense(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RungeKutta(Method):
+class RungeKutta(TableauMethod):
     """y1 = y0 + dt sum_i b_i k_i, k_i = f(t0 + c_i dt, y0 + dt sum_{j<i} a_ij k_j).
 
     Fixed steps or, where the tableau has an embedded pair, adaptive ones: that is the controller's business.
     """
 
     tableau: Tableau
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.tableau.name
-
-    @property
-    def order(self) -> int:  # type: ignore[override]
-        return self.tableau.order
-
-    @property
-    def error_order(self) -> int | None:  # type: ignore[override]
-        return self.tableau.error_order
-
-    @property
-    def reference(self) -> str:  # type: ignore[override]
-        return self.tableau.reference
 
     @property
     def real_limit(self) -> float:  # type: ignore[override]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..optim import INNER_OPTIMIZERS, InnerOptimizer, InnerResult, ProximalProblem, any_true, attach, minimise
 from ..problem import FlatOperator, QuasiLinearField
-from ..status import ArgumentError, ArgumentTypeError, Status
-from .base import METHODS, Method, StepOut
+from .base import METHODS, Method, StepOut, inverse, number
+from .solving import check_inner_options, inner_named, status
 
 
 class SemiState(NamedTuple):
@@ -81,16 +81,10 @@ class SemiImplicit(Method):
     demands: ClassVar[Any] = QuasiLinearField
 
     def __post_init__(self) -> None:
-        for option in ("inner_tol", "max_iters", "backward_tol"):
-            if not getattr(self, option) > 0:
-                raise ArgumentError(f"{option} must be positive, found {getattr(self, option)}")
+        check_inner_options(self)
 
     def choose_inner(self, inner: Any) -> InnerOptimizer | None:
-        if isinstance(inner, str):
-            return self.inner if inner == "auto" else INNER_OPTIMIZERS[inner]
-        if isinstance(inner, InnerOptimizer):
-            return inner
-        raise ArgumentTypeError(f"inner must be a name or an InnerOptimizer, found {type(inner).__name__}")
+        return inner_named(inner, self.inner)
 
     def init(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor | None) -> SemiState:
         layout = field.layout
@@ -107,8 +101,8 @@ class SemiImplicit(Method):
         (t1,) = field.times(t0, dt, (1.0,))
         with torch.no_grad():
             op = _operator(field, t1.detach(), at.detach())
-            problem = LinearStep(op, t1.detach(), a.detach(), _number(g), field.norm, field.norm.scale(y0.detach()))
-            start = problem.evaluate(y0.detach() + layout.spread(_number(dt)) * state.slope)
+            problem = LinearStep(op, t1.detach(), a.detach(), number(g), field.norm, field.norm.scale(y0.detach()))
+            start = problem.evaluate(y0.detach() + layout.spread(number(dt)) * state.slope)
             inner = self._inner(op).chosen(layout)
             found = minimise(
                 problem,
@@ -126,9 +120,9 @@ class SemiImplicit(Method):
         change = y1 - y0
         wide = layout.spread(omega)
         bend = wide / (1 + wide) * (change - wide * (y0 - state.before))
-        slope = problem.keep(_number(dt) != 0, change.detach() * layout.spread(_inverse(_number(dt))), state.slope)
+        slope = problem.keep(number(dt) != 0, change.detach() * layout.spread(inverse(number(dt))), state.slope)
         after, dense = SemiState(y0, dt, slope), SemiDense(layout, dt, y0, y1, bend)
-        return StepOut(y1, None, dense, after, calls, _status(problem, found), found.iterations, problem.algebra)
+        return StepOut(y1, None, dense, after, calls, status(problem, found), found.iterations, problem.algebra)
 
     def _inner(self, op: FlatOperator) -> InnerOptimizer:
         return self.inner or INNER_OPTIMIZERS["fletcher_reeves" if op.symmetric else "newton_krylov"]
@@ -150,7 +144,7 @@ class SemiImplicit(Method):
         theta = theta.unsqueeze(-1) if layout.joint else theta
         if derivative == 0:
             return dense.y0 + theta * change + theta * (theta - 1) * bend
-        rate = layout.spread(_inverse(dense.dt))
+        rate = layout.spread(inverse(dense.dt))
         if derivative == 1:
             return (change + (2 * theta - 1) * bend) * rate
         return (2 if derivative == 2 else 0) * torch.ones_like(theta) * bend * rate**derivative
@@ -178,7 +172,7 @@ class SemiImplicitBDF2(SemiImplicit):
     reference: ClassVar[str] = "HNW III.5 (variable steps); linearised by extrapolation"  # type: ignore[misc]
 
     def scheme(self, layout: Any, dt: Any, y0: Tensor, state: SemiState) -> tuple[Tensor, Any, Tensor, Any]:
-        omega = dt * _inverse(state.dt)
+        omega = dt * inverse(state.dt)
         wide, away = layout.spread(omega), y0 - state.before
         weight = wide * wide / (1 + 2 * wide)
         return y0 + weight * away, dt * (1 + omega) / (1 + 2 * omega), y0 + wide * away, omega
@@ -190,28 +184,6 @@ def _operator(field: Any, t: Tensor, y: Tensor) -> FlatOperator:
     if not hasattr(func, "operator"):
         return FlatOperator(func, layout, args)
     return FlatOperator(func.operator(t, layout.unflatten(y), *args), layout)
-
-
-def _inverse(dt: Any) -> Any:
-    """1 / dt, 0 where dt is 0."""
-    if not isinstance(dt, Tensor):
-        return 1.0 / dt if dt else 0.0
-    still = dt == 0
-    return torch.where(still, 0.0, 1.0 / torch.where(still, 1.0, dt))
-
-
-def _number(x: Any) -> Any:
-    """Without a gradient: a float in joint mode, else ``(B,)``."""
-    if not isinstance(x, Tensor):
-        return x
-    return x.item() if x.dim() == 0 else x.detach()
-
-
-def _status(problem: ProximalProblem, found: InnerResult) -> Any:
-    code = problem.ops.where(problem.ops.isfinite(found.norm), int(Status.INNER_NOT_CONVERGED), int(Status.NON_FINITE))
-    if problem.layout.joint:
-        return None if found.converged else Status(code)
-    return torch.where(found.converged, int(Status.SUCCESS), code).to(torch.int8)
 
 
 for _method in (SemiImplicitEuler(), SemiImplicitBDF2()):

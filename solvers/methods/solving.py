@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..optim import INNER_OPTIMIZERS, InnerOptimizer, InnerResult, Point, ProximalProblem, all_true, any_true, attach, minimise
 from ..status import ArgumentError, ArgumentTypeError, Status
+from .base import number
 
 
 class Solved(NamedTuple):
@@ -34,7 +35,7 @@ def check_inner_options(method: Any) -> None:
         INNER_OPTIMIZERS[method.fallback]
 
 
-def inner_named(inner: Any, auto: InnerOptimizer) -> InnerOptimizer:
+def inner_named(inner: Any, auto: Any) -> Any:
     """The optimiser that ``inner`` means, ``auto`` for "auto".
 
     Raises ``UnknownNameError`` for other names, ``ArgumentTypeError`` for what is neither a name nor an optimiser.
@@ -100,7 +101,7 @@ def solve_stage(
         base, g = live()
         if problem.depends or any(isinstance(x, Tensor) and x.requires_grad for x in (base, t0, dt, g)):
             z, calls = _recorded(method, field, (t0, dt, node), base, g, problem, found, inners[0]), calls + 2
-    return Solved(z, found, problem, calls, _status(problem, found))
+    return Solved(z, found, problem, calls, status(problem, found))
 
 
 def _found(
@@ -150,7 +151,7 @@ def _recorded(
     return problem.keep(found.converged, solved, found.z)
 
 
-def _status(problem: ProximalProblem, found: InnerResult) -> Any:
+def status(problem: ProximalProblem, found: InnerResult) -> Any:
     code = problem.ops.where(problem.ops.isfinite(found.norm), int(Status.INNER_NOT_CONVERGED), int(Status.NON_FINITE))
     if problem.layout.joint:
         return None if found.converged else Status(code)
@@ -159,18 +160,3 @@ def _status(problem: ProximalProblem, found: InnerResult) -> Any:
 
 def detached(point: Point) -> Point:
     return Point(point.z, point.r.detach(), point.f)
-
-
-def inverse(dt: Any) -> Any:
-    """1 / dt, 0 where dt is 0."""
-    if not isinstance(dt, Tensor):
-        return 1.0 / dt if dt else 0.0
-    still = dt == 0
-    return torch.where(still, 0.0, 1.0 / torch.where(still, 1.0, dt))
-
-
-def number(x: Any) -> Any:
-    """Without a gradient: a float in joint mode, else ``(B,)``."""
-    if not isinstance(x, Tensor):
-        return x
-    return x.item() if x.dim() == 0 else x.detach()

@@ -13,9 +13,10 @@ from torch import Tensor
 from ..optim import Point, ProximalProblem
 from ..optim.linesearch import PowerMemory, spectral_radius
 from ..status import ArgumentError, Status, UnsupportedError
-from .base import METHODS, Method, StepOut
+from .base import METHODS, Method, StepOut, number
 from .rock4_recursion import recursion
 from .rock4_table import ROCK4 as ROCK4_TABLE
+from .tableau import polynomial
 
 HERMITE = ((0.0, 0.0, 3.0, -2.0), (0.0, 1.0, -2.0, 1.0), (0.0, 0.0, -1.0, 1.0))
 """Coefficients in theta of the cubic's weights: of y1 - y0, dt f0 and dt f1."""
@@ -96,9 +97,9 @@ class Stabilised(Method):
         return StabilisedState(f0, none, PowerMemory.fresh(layout, y0.detach()))
 
     def step(self, field: Any, t0: Any, dt: Any, y0: Tensor, state: StabilisedState, active: Any) -> StepOut:
-        layout, size, ops = field.layout, _number(dt), field.layout.ops
+        layout, size, ops = field.layout, number(dt), field.layout.ops
         with torch.no_grad():
-            rho, memory, work = _radius(field, _number(t0), size, y0.detach(), state, active)
+            rho, memory, work = _radius(field, number(t0), size, y0.detach(), state, active)
             z = abs(size) * rho
             longest, quiet = self.reach(_relative(field.norm), torch.finfo(y0.dtype).eps)
             stable = z <= longest
@@ -132,7 +133,7 @@ class Stabilised(Method):
         theta = layout.spread(theta)
         if layout.joint:
             theta = theta.unsqueeze(-1)
-        weights = [_polynomial(c, theta, derivative) for c in HERMITE]
+        weights = [polynomial(c, theta, derivative) for c in HERMITE]
         change = weights[0] * (dense.y1 - dense.y0) + dt * (weights[1] * dense.f0 + weights[2] * dense.f1)
         return dense.y0 + change if derivative == 0 else change * dt**-derivative
 
@@ -252,15 +253,6 @@ def _size(dense: StabilisedDense) -> Any:
     return torch.where(dt == 0, 1.0, dt)
 
 
-def _polynomial(coefficients: tuple[float, ...], theta: Tensor, derivative: int) -> Tensor:
-    for _ in range(derivative):
-        coefficients = tuple(k * c for k, c in enumerate(coefficients))[1:]
-    value = torch.zeros_like(theta)
-    for c in reversed(coefficients):
-        value = value * theta + c
-    return value
-
-
 def _combine(*terms: tuple[Tensor, Any]) -> Tensor:
     """sum of tensor times coefficient (number, or broadcastable tensor); in place only where nothing is recorded."""
     x, c = terms[0]
@@ -372,13 +364,6 @@ def _status(layout: Any, low: Any) -> Any:
     if layout.joint:
         return None if low else Status.INNER_NOT_CONVERGED
     return torch.where(low, int(Status.SUCCESS), int(Status.INNER_NOT_CONVERGED)).to(torch.int8)
-
-
-def _number(x: Any) -> Any:
-    """Without a gradient: a float in joint mode, else ``(B,)``."""
-    if not isinstance(x, Tensor):
-        return x
-    return x.item() if x.dim() == 0 else x.detach()
 
 
 METHODS.register("rkc2", RKC2())

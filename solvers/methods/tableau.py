@@ -76,6 +76,16 @@ def _dot(x: Row, y: Row) -> float:
     return sum(map(mul, x, y))
 
 
+def polynomial(coefficients: Sequence[float], theta: Any, derivative: int = 0) -> Any:
+    """sum_p coefficients_p theta^p, p = 0, 1, 2, ..., or its d-th derivative, by Horner's rule."""
+    for _ in range(derivative):
+        coefficients = [p * c for p, c in enumerate(coefficients)][1:]
+    total: Any = 0.0 * theta
+    for c in reversed(coefficients):
+        total = total * theta + c
+    return total
+
+
 def stage_weights(a: Sequence[Row], order: int) -> dict[RootedTree, list[float]]:
     """Elementary weights Phi_i(t) of each stage i, for all trees through ``order`` (HNW I, II.2, eq. 2.15).
 
