@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import solvers as torchdiffeq
-from solvers import ProxodeError
+from solvers import ProxodeError, UnsupportedError
 from solvers.compat.options import ADAPTIVE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -571,3 +571,15 @@ def test_quiet_where_nothing_is_wrong():
         warnings.simplefilter("error")
         torchdiffeq.odeint(decay, y0(2), T, options={"norm": lambda x: x.abs().max(), "dtype": torch.float64})
         torchdiffeq.odeint(decay, y0(2), T, method="euler", options={"norm": None})
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.hessian, torch.func.jacfwd])
+def test_transforms_go_through_fixed_steps_and_are_refused_in_words_elsewhere(transform) -> None:
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    loss = lambda y, **how: torchdiffeq.odeint(lambda t, y: -(y**2), y, t, **how)[-1].sum()
+    y0 = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(UnsupportedError, match="torch.func"):
+        transform(loss)(y0)
+    found = transform(lambda y: loss(y, method="rk4", options={"step_size": 0.1}))(y0)
+    exact = torch.eye(2, dtype=torch.float64) * -0.25 if transform is torch.func.hessian else torch.full_like(y0, 0.25)
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-8)

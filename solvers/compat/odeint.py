@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -142,12 +143,12 @@ def check_times(t: Any, device: torch.device, what: str = "t") -> Tensor:
     if t.device != device:
         warnings.warn(f"{what} is not on the same device as y0. Coercing to y0.device.", stacklevel=4)
         t = t.to(device)
-    times = t.detach().double().cpu().numpy()
-    if len(times) == 0:
+    times = t.tolist()
+    if not times:
         raise CheckError(f"{what} must hold at least one time, found none")
-    difference = times[1:] - times[:-1]
-    if not ((difference > 0).all() or (difference < 0).all()):
-        raise CheckError(f"{what} must be strictly increasing or decreasing, found {t.detach().tolist()!r:.80}")
+    pairs = list(pairwise(times))
+    if not (all(a < b for a, b in pairs) or all(a > b for a, b in pairs)):
+        raise CheckError(f"{what} must be strictly increasing or decreasing, found {times!r:.80}")
     return t
 
 
