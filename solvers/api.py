@@ -158,16 +158,33 @@ def solve(
     )
     if transforms_active() and events:
         raise UnsupportedError("torch.func transforms hide the values that events depend on: use torch.autograd")
-    if transforms_active() and (steering.adaptive or scheme.implicit or scheme.reads_values):
+    if transforms_active() and (scheme.implicit or scheme.reads_values):
         raise UnsupportedError(
-            "torch.func transforms need an explicit Runge-Kutta or Adams method with fixed steps (dt= or num_steps=): other "
-            "steps depend on values that a transform hides. For their gradients use torch.autograd"
+            f"torch.func transforms do not go through the systems that method {scheme.name!r} solves: use torch.autograd, or an "
+            "explicit Runge-Kutta or Adams method"
         )
     stats = Stats()
     start = layout.flatten(y0).resolve_conj().resolve_neg()
     # Dense output begins with this tensor, which the caller may change later.
-    trajectory = derivative.run(plan, start.clone() if dense else start, stats)
+    if transforms_active() and steering.adaptive:
+        trajectory = _transformed(plan, derivative, start, stats)
+    else:
+        trajectory = derivative.run(plan, start.clone() if dense else start, stats)
     return _finish(plan, trajectory, stats, throw)
+
+
+def _transformed(plan: Plan, derivative: Adjoint, start: Tensor, stats: Stats) -> Any:
+    """A solve under torch.func whose steps are chosen: by values, which derivatives leave readable and ``vmap`` hides."""
+    try:
+        start.detach().sum().item()  # a mapped y0 is refused before f is called
+        return derivative.run(plan, start.clone() if plan.dense else start, stats)
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        raise UnsupportedError(
+            "torch.func.vmap hides the values that the sizes of steps depend on: map over a solve with fixed steps (dt= or "
+            "num_steps=), or solve the batch in one call, batch_dim=0, with steps of its own for every sample"
+        ) from error
 
 
 # -- arguments --------------------------------------------------------------------------------------------------------

@@ -210,7 +210,7 @@ class _Run(ABC):
         self.nfe = 0
         self.algebra: dict[str, Any] = {}
         self.pieces: list[Piece] = []
-        self.readable = not transforms_active()
+        self.readable = plan.controller.adaptive or not transforms_active()
         self.grad = torch.is_grad_enabled()
         self.lookout = Lookout(plan.events, plan.max_events, plan.field) if plan.events else None
         self.happened: list[tuple[Found, Chunk]] = []
@@ -244,6 +244,7 @@ class _Run(ABC):
             return self.ops.copysign(self.ops.minimum(abs(span), plan.dt_max), span)
         dt, work = plan.initial(plan.field, plan.norm, self.t, self.y, f0, order, span)
         self.nfe += work
+        dt = _constant(dt)
         dt = self.ops.maximum(self.ops.minimum(dt, plan.dt_max), plan.dt_min)
         return self.ops.copysign(dt, span)
 
@@ -290,6 +291,7 @@ class _Run(ABC):
         plan, ops = self.plan, self.ops
         if plan.controller.adaptive:
             ratio = plan.method.ratio(plan.norm, self.y, out)
+            ratio = tuple(map(_constant, ratio)) if isinstance(ratio, tuple) else _constant(ratio)
         elif self.readable:
             ratio = ops.where(self.layout.finite(out.y1), 0.0, math.inf)
         else:
@@ -823,6 +825,11 @@ def after_jump(plan: Plan, t: Any, after: Any) -> Any:
         return plan.field
     start = t if after is True else torch.where(after, t, torch.nan)
     return plan.field.within(start, None, plan.clock.sign)
+
+
+def _constant(x: Any) -> Any:
+    """Without a derivative: ``no_grad`` holds back reverse mode only."""
+    return x.detach() if isinstance(x, Tensor) else x
 
 
 def _cause(status: Any, error: float) -> Status:

@@ -292,20 +292,31 @@ def test_a_norm_without_one_number_per_sample_is_named(norm):
 # --- transforms ------------------------------------------------------------------------------------------------------
 
 TRANSFORMS = {
-    "grad": lambda f: torch.func.grad(lambda y: solve(f, y, T).y.sum())(Y),
-    "jacrev": lambda f: torch.func.jacrev(lambda y: solve(f, y, T).y[-1])(Y),
-    "jvp": lambda f: torch.func.jvp(lambda y: solve(f, y, T).y[-1], (Y,), (Y,)),
-    "vmap": lambda f: torch.func.vmap(lambda y: solve(f, y, T).y[-1])(ROWS),
+    "grad": lambda f, **how: torch.func.grad(lambda y: solve(f, y, T, **how).y.sum())(Y),
+    "jacrev": lambda f, **how: torch.func.jacrev(lambda y: solve(f, y, T, **how).y[-1])(Y),
+    "jvp": lambda f, **how: torch.func.jvp(lambda y: solve(f, y, T, **how).y[-1], (Y,), (Y,)),
 }
 
 
+@pytest.mark.parametrize("method", ["prox_euler", "radauIIA5", "rkc2"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_transforms_of_adaptive_solves_raise_and_say_what_works(transform):
+def test_transforms_do_not_go_through_solved_systems(transform, method):
     f = Counting()
     with pytest.raises(UnsupportedError) as caught:
-        TRANSFORMS[transform](f)
+        TRANSFORMS[transform](f, method=method)
     assert f.calls == 0
-    assert all(word in str(caught.value) for word in ("torch.func", "fixed steps", "dt=", "num_steps=", "autograd"))
+    assert all(word in str(caught.value) for word in ("torch.func", method, "autograd"))
+
+
+def test_vmap_of_an_adaptive_solve_says_what_works():
+    f = Counting()
+    with pytest.raises(UnsupportedError) as caught:
+        torch.func.vmap(lambda y: solve(f, y, T).y[-1])(ROWS)
+    assert f.calls == 0
+    assert all(word in str(caught.value) for word in ("torch.func", "fixed steps", "dt=", "num_steps=", "batch_dim=0"))
+    hidden = lambda rate: solve(lambda t, y: -rate * y, Y, T).y[-1]
+    with pytest.raises(UnsupportedError, match="batch_dim=0"):
+        torch.func.vmap(hidden)(torch.ones(2))
 
 
 # --- after the solve -------------------------------------------------------------------------------------------------

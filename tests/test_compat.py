@@ -573,13 +573,20 @@ def test_quiet_where_nothing_is_wrong():
         torchdiffeq.odeint(decay, y0(2), T, method="euler", options={"norm": None})
 
 
+@pytest.mark.parametrize("how", [{}, {"method": "rk4", "options": {"step_size": 0.1}}], ids=["dopri5", "rk4"])
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.hessian, torch.func.jacfwd])
-def test_transforms_go_through_fixed_steps_and_are_refused_in_words_elsewhere(transform) -> None:
+def test_transforms_go_through_explicit_methods(transform, how) -> None:
     t = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    loss = lambda y, **how: torchdiffeq.odeint(lambda t, y: -(y**2), y, t, **how)[-1].sum()
     y0 = torch.ones(2, dtype=torch.float64)
-    with pytest.raises(UnsupportedError, match="torch.func"):
-        transform(loss)(y0)
-    found = transform(lambda y: loss(y, method="rk4", options={"step_size": 0.1}))(y0)
+    found = transform(lambda y: torchdiffeq.odeint(lambda t, y: -(y**2), y, t, **how)[-1].sum())(y0)
     exact = torch.eye(2, dtype=torch.float64) * -0.25 if transform is torch.func.hessian else torch.full_like(y0, 0.25)
-    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-6)
+
+
+def test_vmap_is_refused_in_words_where_values_decide() -> None:
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    solution = lambda y, t, **how: torchdiffeq.odeint(lambda t, y: -(y**2), y, t, **how)[-1]
+    with pytest.raises(UnsupportedError, match="batch_dim=0"):
+        torch.func.vmap(solution, in_dims=(0, None))(torch.ones(2, 2, dtype=torch.float64), t)
+    with pytest.raises(UnsupportedError, match="values of t"):
+        torch.func.vmap(lambda t: solution(torch.ones(2, dtype=torch.float64), t, method="rk4"))(torch.stack([t, 2 * t]))

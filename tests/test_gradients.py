@@ -13,7 +13,7 @@ from solvers.registry import options_of
 
 FIXED = [name for name in ANY_FIELD if not METHODS[name].variable_order]
 ADAPTIVE = [name for name in ANY_FIELD if METHODS[name].error_order is not None]
-OPAQUE = [name for name in FIXED if METHODS[name].implicit or METHODS[name].reads_values]
+OPAQUE = [name for name in ANY_FIELD if METHODS[name].implicit or METHODS[name].reads_values]
 EXPLICIT = [name for name in FIXED if name not in OPAQUE]
 
 ALIKE = ("prox_bdf2", "prox_bdf3", "prox_multistage2", "prox_multistage3")
@@ -274,6 +274,26 @@ def test_functional_transforms_of_explicit_methods_at_fixed_steps(name, batch_di
     torch.testing.assert_close(along, exact, rtol=1e-11, atol=1e-12)
 
 
+@BOTH_MODES
+@pytest.mark.parametrize("name", [name for name in ADAPTIVE if name not in OPAQUE])
+def test_functional_transforms_of_explicit_methods_at_adaptive_steps(name, batch_dim, device):
+    """First and second derivatives by torch.func are those of torch.autograd: they go through the same steps."""
+    t = double(0.0, 0.37, 0.8, device=device, grad=False)
+    matrix, rate, bias = (x.detach() for x in parameters(device))
+    weights = {"matrix": matrix, "rate": rate}
+    y0 = start(batch_dim, device).detach()
+
+    def solution(y0, bias):
+        return solve(field, y0, t, args=(weights, bias), method=name, rtol=1e-4, atol=1e-6, batch_dim=batch_dim).y
+
+    loss = lambda y0, bias: solution(y0, bias).pow(3).sum()
+    exact = torch.autograd.functional.jacobian(solution, (y0, bias))
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(transform(solution, argnums=(0, 1))(y0, bias), exact, rtol=1e-10, atol=1e-12)
+    second = torch.autograd.functional.hessian(loss, (y0, bias))
+    torch.testing.assert_close(torch.func.hessian(loss, argnums=(0, 1))(y0, bias), second, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("mode", ["jacrev", "jvp", "vmap"])
 @EACH_EXPLICIT
 def test_functional_transforms_to_the_times_are_right_or_refused(name, mode, device):
@@ -309,19 +329,24 @@ def test_vmap_of_explicit_methods_at_fixed_steps_is_a_loop(name, device):
     torch.testing.assert_close(per_sample, wanted, rtol=1e-12, atol=1e-12)
 
 
+TRANSFORMS = {
+    "grad": lambda f, y: torch.func.grad(lambda y: f(y).sum())(y),
+    "jacrev": lambda f, y: torch.func.jacrev(f)(y),
+    "jvp": lambda f, y: torch.func.jvp(f, (y,), (torch.ones_like(y),)),
+    "vmap": lambda f, y: torch.func.vmap(f)(y.expand(2, -1)),
+}
+
+
 @pytest.mark.parametrize(
-    "transform",
+    ("name", "transform"),
     [
-        lambda f, y: torch.func.grad(lambda y: f(y).sum())(y),
-        lambda f, y: torch.func.jacrev(f)(y),
-        lambda f, y: torch.func.jvp(f, (y,), (torch.ones_like(y),)),
-        lambda f, y: torch.func.vmap(f)(y.expand(2, -1)),
+        *((name, "vmap") for name in ADAPTIVE if name not in OPAQUE),
+        *((name, transform) for name in ADAPTIVE if name in OPAQUE for transform in TRANSFORMS),
+        *((f"{name} at fixed steps", transform) for name in FIXED if name in OPAQUE for transform in TRANSFORMS),
     ],
-    ids=["grad", "jacrev", "jvp", "vmap"],
 )
-@pytest.mark.parametrize("name", [*ADAPTIVE, *(f"{name} at fixed steps" for name in OPAQUE)])
 def test_transforms_of_what_depends_on_values_are_refused(name, transform, device):
-    """Adaptive steps and inner iterations; with a word on what to do, and before f is called."""
+    """Inner iterations, and under vmap the sizes of steps; with a word on what to do, and before f is called."""
     name, _, fixed = name.partition(" ")
     steps = {"num_steps": 4} if fixed else {}
 
@@ -330,7 +355,7 @@ def test_transforms_of_what_depends_on_values_are_refused(name, transform, devic
 
     y0 = double(0.4, -0.8, device=device, grad=False)
     with pytest.raises(UnsupportedError, match=r"torch\.func"):
-        transform(lambda y: solve(f, y, [0.0, 1.0], method=name, **steps).y, y0)
+        TRANSFORMS[transform](lambda y: solve(f, y, [0.0, 1.0], method=name, **steps).y, y0)
 
 
 # --- complex states --------------------------------------------------------------------------------------------------

@@ -320,12 +320,17 @@ def H_outputs_are_not_written_into_one_tensor(td):
 
 @row
 def I_forward_mode_through_adaptive_steps(td):
-    """torch.func with adaptive steps is refused here, by an error that says what to do."""
+    """And torch.func; ``vmap`` alone, which hides the values that steps are chosen by, is refused with what to do instead."""
     with torch.autograd.forward_ad.dual_level():
         y0 = torch.autograd.forward_ad.make_dual(one(2), one(2))
         y = td.odeint(lambda t, y: -y * y, y0, times(0.0, 1.0), rtol=1e-6, atol=1e-6)[-1]
         tangent = torch.autograd.forward_ad.unpack_dual(y).tangent
         assert tangent.tolist() == pytest.approx([0.25, 0.25], rel=1e-4)
+    final = lambda y0: td.odeint(lambda t, y: -y * y, y0, times(0.0, 1.0), rtol=1e-6, atol=1e-6)[-1]
+    assert torch.func.grad(lambda y0: final(y0).sum())(one(2)).tolist() == pytest.approx([0.25, 0.25], rel=1e-4)
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        assert transform(final)(one(2)).flatten().tolist() == pytest.approx([0.25, 0, 0, 0.25], rel=1e-4, abs=1e-12)
+    assert torch.func.hessian(lambda y0: final(y0).sum())(one(2)).diagonal().tolist() == pytest.approx([-0.25] * 2, rel=1e-3)
 
 
 @row

@@ -16,7 +16,7 @@ from ..adjoint import ADJOINTS, Adjoint
 from ..api import solve
 from ..loop import Plan, Trajectory
 from ..solution import Solution
-from ..status import ArgumentError, SolveError
+from ..status import ArgumentError, SolveError, UnsupportedError
 from . import classes, scipy_solver
 from .errors import CheckError, CheckTypeError, failure
 from .event import check_event_times, solve_event
@@ -143,7 +143,10 @@ def check_times(t: Any, device: torch.device, what: str = "t") -> Tensor:
     if t.device != device:
         warnings.warn(f"{what} is not on the same device as y0. Coercing to y0.device.", stacklevel=4)
         t = t.to(device)
-    times = t.tolist()
+    try:
+        times = t.tolist()
+    except RuntimeError as error:
+        raise UnsupportedError(f"the values of {what} decide what is done: torch.func.vmap cannot map over them") from error
     if not times:
         raise CheckError(f"{what} must hold at least one time, found none")
     pairs = list(pairwise(times))
