@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from .registry import BENCHMARKS, PEERS, PROBLEMS, Benchmark, BenchmarkError, Settings, discover, need, unknown
 from .report import page, show, write_json
@@ -47,11 +48,33 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--quick", action="store_true", help="a short version that shows that it works")
     run.add_argument("--full", action="store_true", help="the whole terrain in place of its crop (stiff-diffusion)")
     run.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    for name, about in own_options().items():
+        run.add_argument(f"--{name}", metavar="V", help=about)
     run.add_argument("--json", type=Path, metavar="F", help="where the result goes (default benchmarks/results/NAME.json)")
     run.add_argument("--plot", type=Path, metavar="F", help="where the picture goes (default benchmarks/results/NAME.png)")
     report = commands.add_parser("report", help="one self-contained HTML page from a folder of results")
     report.add_argument("folder", type=Path, metavar="DIR")
     return top
+
+
+def own_options() -> dict[str, str]:
+    """The names of all options that only some benchmarks have, with what they are for."""
+    found: dict[str, str] = {}
+    for entry in BENCHMARKS.values():
+        for option in entry.options:
+            default = "" if option.default is None else f", default {option.default}"
+            found[option.name] = f"{found.get(option.name, '')}{entry.name}: {option.about}{default}. "
+    return found
+
+
+def chosen_options(entry: Benchmark, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The values of the entry's own options; raises BenchmarkError for those of others."""
+    own = {option.name: option for option in entry.options}
+    given = {name: getattr(arguments, name.replace("-", "_")) for name in own_options()}
+    for name, text in given.items():
+        if text is not None and name not in own:
+            raise BenchmarkError(f"{entry.name} has no --{name}; leave it out")
+    return {name: option.value(given[name]) for name, option in own.items()}
 
 
 def show_list() -> None:
@@ -93,14 +116,17 @@ def check(entry: Benchmark, settings: Settings) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run one benchmark; print its tables, write its JSON and picture."""
     entry = BENCHMARKS[arguments.name]
-    settings = Settings(arguments.methods, arguments.peers, arguments.problems, arguments.quick, arguments.full, arguments.device)
+    common = (arguments.methods, arguments.peers, arguments.problems, arguments.quick, arguments.full, arguments.device)
+    settings = Settings(*common, chosen_options(entry, arguments))
     check(entry, settings)
     plot = arguments.plot or RESULTS / f"{entry.name}.png"
     target = arguments.json or RESULTS / f"{entry.name}.json"
     started = time.perf_counter()
     result = entry.run(settings)
     show(result.tables)
-    write_json(target, entry.name, asdict(settings), machine(), result, plot)
+    asked = asdict(settings)
+    own = asked.pop("options")
+    write_json(target, entry.name, {**asked, **own}, machine(), result, plot)
     entry.draw(result, plot)
     print(f"{entry.name}: {time.perf_counter() - started:.0f} s; wrote {target} and {plot}")
 

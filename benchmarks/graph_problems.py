@@ -6,17 +6,17 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from graphops import Graph
-from graphops.data import read_npz
+from graphops.data import WHERE, NodeData, read_planetoid
+from graphops.errors import MissingDataError
 
 from .registry import BenchmarkError
 
-__all__ = ["DATA", "GRAPHS", "allocator", "citation", "made", "quick_graphs"]
+__all__ = ["DATA", "GRAPHS", "allocator", "citation", "citation_data", "made", "quick_graphs"]
 
 DATA = "PROXODE_DATA"
 """The environment variable that names the folder of data sets, `<folder>/cora/cora_planetoid.npz` and so on."""
@@ -37,15 +37,20 @@ class GraphProblem:
     calls: int = 1
 
 
-def citation(name: str) -> Graph:
-    """The largest component of a Planetoid graph, from the folder that PROXODE_DATA names."""
+def citation_data(name: str) -> NodeData:
+    """The largest component of a Planetoid data set, without loops, from the folder that PROXODE_DATA names."""
     folder = os.environ.get(DATA)
     if folder is None:
-        raise BenchmarkError(f"set {DATA} to the folder that holds {name}/{name}_planetoid.npz")
-    path = Path(folder) / name / f"{name}_planetoid.npz"
-    if not path.is_file():
-        raise BenchmarkError(f"{path} is not there; {DATA} must name the folder that holds it")
-    return tidy(read_npz(path).graph.largest_component()[0])
+        raise BenchmarkError(f"set {DATA} to the folder that holds {name}/{name}_planetoid.npz, or the original files: {WHERE}")
+    try:
+        return read_planetoid(folder, name).largest_component()
+    except MissingDataError as error:
+        raise BenchmarkError(f"{name} is not there: {error}; {DATA} names another folder") from error
+
+
+def citation(name: str) -> Graph:
+    """Its graph alone, with loops."""
+    return tidy(citation_data(name).graph)
 
 
 def tidy(graph: Graph) -> Graph:

@@ -20,6 +20,7 @@ __all__ = [
     "BenchmarkError",
     "Column",
     "MissingExtra",
+    "Option",
     "Registry",
     "Result",
     "Settings",
@@ -96,7 +97,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line asked for; names are None for a benchmark's own choice."""
+    """What the command line asked for; names are None for a benchmark's own choice, `options` those of the benchmark alone."""
 
     methods: tuple[str, ...] | None = None
     peers: tuple[str, ...] | None = None
@@ -104,6 +105,7 @@ class Settings:
     quick: bool = False
     full: bool = False
     device: str = "cpu"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,28 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Option:
+    """A setting that one benchmark has, `--name VALUE`; `read` makes the value in `Settings.options[name]` of the text."""
+
+    name: str
+    about: str
+    default: Any = None
+    read: Callable[[str], Any] = str
+    choices: tuple[str, ...] | None = None
+
+    def value(self, text: str | None) -> Any:
+        """What was asked for, the default for None; raises BenchmarkError for what cannot be read."""
+        if text is None:
+            return self.default
+        if self.choices is not None and text not in self.choices:
+            raise unknown(f"--{self.name}", text, self.choices)
+        try:
+            return self.read(text)
+        except ValueError as error:
+            raise BenchmarkError(f"--{self.name} {text}: {error}") from error
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """A registered benchmark: `run` measures, `draw` makes its picture from the result."""
 
@@ -145,6 +169,7 @@ class Benchmark:
     run: Callable[[Settings], Result]
     draw: Callable[[Result, Path], None]
     takes_peers: bool = True
+    options: tuple[Option, ...] = ()
 
 
 BENCHMARKS: Registry[Benchmark] = Registry("benchmark")

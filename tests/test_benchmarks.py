@@ -19,6 +19,7 @@ from benchmarks.registry import (
     PROBLEMS,
     BenchmarkError,
     MissingExtra,
+    Option,
     Registry,
     UnknownName,
     discover,
@@ -177,6 +178,15 @@ def test_a_bad_request_ends_with_2_and_says_what_to_do(extras, arguments, words,
 
     assert main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+def test_an_option_is_read_or_refused_with_its_name():
+    turns, way = Option("turns", "how many", 3, int), Option("way", "which", "x", choices=("x", "yy"))
+    assert [turns.value(None), turns.value("5"), way.value(None), way.value("yy")] == [3, 5, "x", "yy"]
+    with pytest.raises(BenchmarkError, match="--turns five"):
+        turns.value("five")
+    with pytest.raises(UnknownName, match="did you mean 'yy'"):
+        way.value("y")
 
 
 def test_a_run_writes_its_table_json_and_picture_and_the_page_holds_all(extras, tmp_path, capsys):
