@@ -178,14 +178,15 @@ def attention_traffic(graph: Graph, width: int) -> float:
     return sddmm_traffic(graph, width) + 2 * edge_traffic(graph, width) + spmm_traffic(graph, width)
 
 
+ATTENTION = graphops.Attention("dot_product", heads="mean")
+
+
 def heads_of(x: Tensor) -> Tensor:
     return x.view(x.shape[0], HEADS, -1)
 
 
 def attention_step(graph: Graph, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
-    scale = (HEADS / q.shape[1]) ** 0.5
-    scores = graphops.sddmm(graph, heads_of(q * scale), heads_of(k))
-    return graphops.spmm(graph, graphops.softmax(graph, scores).mean(1), x)
+    return ATTENTION(graph, heads_of(q), heads_of(k), x)
 
 
 def gathered_attention_step(graph: Graph, q: Tensor, k: Tensor, x: Tensor) -> Tensor:

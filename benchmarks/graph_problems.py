@@ -111,9 +111,9 @@ def many_edges(nodes: int, edges: int, seed: int = 0) -> Graph:
 
 
 GRAPHS: dict[str, GraphProblem] = {
-    "Cora": GraphProblem(lambda: citation("cora"), repeats=31, calls=10),
-    "CS-like": GraphProblem(lambda: communities(18_333, 81_894, 15), repeats=9),
-    "arxiv-like": GraphProblem(lambda: power_law(169_343, 1_166_243), repeats=3),
+    "Cora": GraphProblem(lambda: citation("cora"), repeats=15, calls=50),
+    "CS-like": GraphProblem(lambda: communities(18_333, 81_894, 15), repeats=15),
+    "arxiv-like": GraphProblem(lambda: power_law(169_343, 1_166_243), repeats=5),
     "power law": GraphProblem(lambda: many_edges(1_000_000, 10_000_000), 16, 1, ("softmax", "spmm")),
 }
 

@@ -40,28 +40,28 @@ _IS_WRAPPED = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
 def total(segments: Segments, values: Tensor, using: str | None = None) -> Tensor:
     """Sum of each segment, ``(E, ...) -> (size, ...)``."""
     kernels = chosen("sum", using, values)
-    if kernels.traceable:
+    if kernels.traceable or _unrecorded(values):
         return kernels.sum(segments, values)
     return _record(_Sum, values, rest=(segments, using or asked_for()))
 
 
 def gather(segments: Segments, values: Tensor, using: str | None = None) -> Tensor:
     """The value of its segment at each element, ``(size, ...) -> (E, ...)``; its derivative is summed deterministically."""
-    if chosen("sum", using, values).traceable:
+    if chosen("sum", using, values).traceable or _unrecorded(values):
         return values.index_select(0, segments.index)
     return _record(_Gather, values, rest=(segments, using or asked_for()))
 
 
 def softmax(segments: Segments, values: Tensor, using: str | None = None) -> Tensor:
     kernels = chosen("softmax", using, values)
-    if kernels.traceable:
+    if kernels.traceable or _unrecorded(values):
         return kernels.softmax(segments, values)
     return _record(_Softmax, values, rest=(segments, using or asked_for()))
 
 
 def logsumexp(segments: Segments, values: Tensor, using: str | None = None) -> Tensor:
     kernels = chosen("logsumexp", using, values)
-    if kernels.traceable:
+    if kernels.traceable or _unrecorded(values):
         return kernels.logsumexp(segments, values)
     return _record(_LogSumExp, values, rest=(segments, using or asked_for()))
 
@@ -73,27 +73,29 @@ def product(segments: Segments, values: Tensor, using: str | None = None) -> Ten
         return kernels.product(segments, values)
     if kernels.traceable:
         return product_of_scan(segments, values)
+    if _unrecorded(values):
+        return kernels.product(segments, values)
     return _record(_Product, values, rest=(segments, using or asked_for()))
 
 
 def first_extremum(segments: Segments, values: Tensor, largest: bool, using: str | None = None) -> Tensor:
     """The first element that is the extremum of its segment, ``(size, ...)`` int64, E where there is none; no derivative."""
     kernels = chosen("first", using, values)
-    if kernels.traceable:
+    if kernels.traceable or _unrecorded(values):
         return kernels.first(segments, values.detach(), largest)
     return _record(_First, values, rest=(segments, largest, using or asked_for()))
 
 
 def spmm(pattern: Pattern, weights: Tensor | None, x: Tensor, using: str | None = None) -> Tensor:
     kernels = chosen("spmm", using, x, *(() if weights is None else (weights,)))
-    if kernels.traceable:
+    if kernels.traceable or _unrecorded(weights, x):
         return kernels.spmm(pattern, weights, x)
     return _record(_SpMM, weights, x, rest=(pattern, using or asked_for()))
 
 
 def sddmm(pattern: Pattern, q: Tensor, k: Tensor, using: str | None = None) -> Tensor:
     kernels = chosen("sddmm", using, q, k)
-    if kernels.traceable:
+    if kernels.traceable or _unrecorded(q, k):
         return kernels.sddmm(pattern, q, k)
     return _record(_SDDMM, q, k, rest=(pattern, using or asked_for()))
 
@@ -127,12 +129,17 @@ def _under_transform(operands: tuple[Tensor | None, ...]) -> bool:
     return _TRANSFORMS_ACTIVE() or any(_IS_WRAPPED(x) for x in operands if x is not None)
 
 
+def _unrecorded(*operands: Tensor | None) -> bool:
+    """Whether the kernel alone will do: nothing asks for a derivative, and no transform is at work."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in operands if x is not None):
+        return False
+    return not _under_transform(operands)
+
+
 def _record(function: type[torch.autograd.Function], *operands: Tensor | None, rest: tuple[Any, ...]) -> Tensor:
     """``function.apply``, less what it need not do: on a small graph its reading of signatures costs more than the kernel."""
     if _under_transform(operands):
         return function.apply(*operands, *rest)
-    if not torch.is_grad_enabled() or not any(x.requires_grad for x in operands if x is not None):
-        return function.forward(*operands, *rest)
     return super(torch.autograd.Function, function).apply(*operands, *rest)  # type: ignore[misc]
 
 

@@ -155,6 +155,8 @@ class Pattern:
         self.rows = rows
         self.columns = columns
         self._blocks: dict[int, tuple[Tensor, Tensor]] = {}
+        self._entries: dict[int, Tensor] = {}
+        self._places: dict[int, Tensor] = {}
         self._zeros: dict[tuple[int, torch.dtype], Tensor] = {}
         self._signs: dict[torch.dtype, Tensor] = {}
 
@@ -166,23 +168,51 @@ class Pattern:
         return other
 
     def blocks(self, heads: int = 1) -> tuple[Tensor, Tensor]:
-        """Columns ``(heads * E,)`` in stored order and row pointers of the pattern repeated along a block diagonal.
+        """Columns ``(heads * E,)`` and row pointers of the pattern times the identity of ``heads``, entries in stored order.
 
-        One kernel then serves all heads at once; int32 where the largest number fits.
+        Row i with head h is row ``i * heads + h`` of it, as in ``(rows, heads, F)`` itself, and so for columns: one kernel
+        serves all heads at once and copies no x. int32 where the largest number fits.
         """
         if heads not in self._blocks:
-            count, rows, columns = self.rows.count, self.rows.size, self.columns.size
-            head = torch.arange(heads, device=self.rows.device).unsqueeze(1)
-            inside = self.rows.stored(self.columns.index)
-            neighbours = (head * columns + inside).reshape(-1)
-            starts = (head * count + self.rows.pointers[:-1]).reshape(-1)
-            pointers = torch.cat([starts, starts.new_full((1,), heads * count)])
-            largest = heads * max(count, rows, columns)
+            head = torch.arange(heads, device=self.rows.device)
+            starts = heads * self.rows.pointers[:-1, None] + head * self.rows.counts[:, None]
+            pointers = torch.cat([starts.reshape(-1), starts.new_full((1,), heads * self.rows.count)])
+            columns = self.columns.index[:, None] * heads + head
+            if heads == 1:
+                neighbours = self.rows.stored(columns.reshape(-1))
+            else:
+                neighbours = columns.reshape(-1).index_select(0, self.entries(heads))
+            largest = heads * max(self.rows.count, self.rows.size, self.columns.size)
             self._blocks[heads] = narrow(neighbours, largest), narrow(pointers, largest)
         return self._blocks[heads]
 
+    def stored(self, values: Tensor) -> Tensor:
+        """Values at entries, ``(E,)`` or ``(E, heads)``, in the order of ``blocks``, in a row."""
+        if values.dim() == 1:
+            return self.rows.stored(values)
+        return values.reshape(-1).index_select(0, self.entries(values.shape[1]))
+
+    def entries(self, heads: int) -> Tensor:
+        """Which of the numbers ``(E, heads)``, read in a row, stands at each stored place of ``blocks(heads)``."""
+        if heads not in self._entries:
+            place = self.places(heads)
+            every = torch.arange(place.numel(), dtype=place.dtype, device=place.device)
+            self._entries[heads] = torch.empty_like(place).scatter_(0, place.long(), every)
+        return self._entries[heads]
+
+    def places(self, heads: int) -> Tensor:
+        """The stored place in ``blocks(heads)`` of each of the numbers ``(E, heads)``, read in a row."""
+        if heads not in self._places:
+            row = self.rows.index
+            start, count = (x.index_select(0, row) for x in (self.rows.pointers, self.rows.counts))
+            inverse = self.rows.inverse
+            stored = torch.arange(self.rows.count, device=row.device) if inverse is None else inverse
+            place = ((heads - 1) * start + stored)[:, None] + torch.arange(heads, device=row.device) * count[:, None]
+            self._places[heads] = narrow(place.reshape(-1), heads * self.rows.count)
+        return self._places[heads]
+
     def zeros(self, heads: int, dtype: torch.dtype) -> Tensor:
-        """The block-diagonal pattern as a sparse CSR matrix of zeros, which ``sampled_addmm`` fills."""
+        """``blocks(heads)`` as a sparse CSR matrix of zeros, which ``sampled_addmm`` fills."""
         if (heads, dtype) not in self._zeros:
             neighbours, pointers = self.blocks(heads)
             values = torch.zeros(neighbours.shape[0], dtype=dtype, device=neighbours.device)

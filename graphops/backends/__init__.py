@@ -47,6 +47,9 @@ def backend(name: str) -> Iterator[Backend]:
         _ASKED_FOR.reset(token)
 
 
+_IS_BATCHED = getattr(torch._C._functorch, "is_legacy_batchedtensor", None)  # not public
+
+
 def in_forward_mode() -> bool:
     """Whether a level of forward-mode differentiation is open, of ``torch.func.jvp`` or ``forward_ad`` alike."""
     level = getattr(forward_ad, "_current_level", None)  # not public
@@ -64,8 +67,7 @@ def _can_make_dual() -> bool:
 
 def batched_by_autograd(values: Tensor) -> bool:
     """Whether ``values`` is a batch that `torch.autograd.grad(is_grads_batched=True)` hides in one tensor."""
-    test = getattr(torch._C._functorch, "is_legacy_batchedtensor", None)
-    return test is not None and test(values)
+    return _IS_BATCHED is not None and _IS_BATCHED(values)
 
 
 def chosen(kernel: str, asked_for: str | None, *operands: Tensor) -> Backend:
@@ -77,8 +79,9 @@ def chosen(kernel: str, asked_for: str | None, *operands: Tensor) -> Backend:
     first = operands[0]
     if torch.compiler.is_compiling() or first.dtype not in (torch.float32, torch.float64) or in_forward_mode():
         return PLAIN
-    if any(map(batched_by_autograd, operands)):
-        return PLAIN
+    for operand in operands:
+        if batched_by_autograd(operand):
+            return PLAIN
     found = get(asked_for or _ASKED_FOR.get())
     return found if kernel in found.provides and first.device.type in found.devices else NATIVE
 

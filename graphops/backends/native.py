@@ -30,11 +30,6 @@ def bag(table: Tensor, entries: Tensor, pointers: Tensor, weights: Tensor | None
     return torch.embedding_bag(table, entries, pointers, False, 0, False, weights, True)[0]
 
 
-def heads_first(x: Tensor) -> Tensor:
-    """``(n, H, F)`` as the ``(H n, F)`` rows of a block-diagonal matrix."""
-    return x.transpose(0, 1).reshape(x.shape[0] * x.shape[1], x.shape[2])
-
-
 class Native(Backend):
     name = "native"
 
@@ -54,14 +49,12 @@ class Native(Backend):
         return torch.segment_reduce(stored, kind, offsets=segments.pointers, axis=0, unsafe=True)
 
     def spmm(self, pattern: Pattern, weights: Tensor | None, x: Tensor) -> Tensor:
-        heads = x.shape[1] if weights is not None and weights.dim() == 2 else 1
-        if weights is not None:
-            weights = pattern.rows.stored(weights)
-            weights = (weights if weights.dim() == 1 else weights.t()).reshape(-1)
+        stored = None if weights is None else pattern.stored(weights)
         if x.dim() == 2:
-            return bag(x.contiguous(), *pattern.blocks(), weights)
-        out = bag(heads_first(x), *pattern.blocks(heads), weights)
-        return out.view(heads, pattern.rows.size, x.shape[2]).transpose(0, 1)
+            return bag(x.contiguous(), *pattern.blocks(), stored)
+        heads, width = x.shape[1:]
+        out = bag(x.reshape(-1, width).contiguous(), *pattern.blocks(heads), stored)
+        return out.view(pattern.rows.size, heads, width)
 
     def sddmm(self, pattern: Pattern, q: Tensor, k: Tensor) -> Tensor:
         heads = q.shape[1] if q.dim() == 3 else 1
@@ -70,8 +63,8 @@ class Native(Backend):
         if pattern.rows.count > heads * pattern.rows.size * pattern.columns.size:
             # `sampled_addmm` refuses a pattern with more entries than its matrix has places, as parallel edges can have.
             return (q.index_select(0, pattern.rows.index) * k.index_select(0, pattern.columns.index)).sum(-1)
-        left, right = (x.contiguous() if x.dim() == 2 else heads_first(x) for x in (constant(q), constant(k)))
+        left, right = (constant(x).reshape(-1, x.shape[-1]).contiguous() for x in (q, k))
         scores = torch.sparse.sampled_addmm(pattern.zeros(heads, q.dtype), left, right.t(), beta=0.0).values()
         if q.dim() == 3:
-            scores = scores.view(heads, -1).t().contiguous()
+            return scores.index_select(0, pattern.places(heads)).view(-1, heads)
         return pattern.rows.unstored(scores)

@@ -51,15 +51,12 @@ class Triton(Backend):
         self.kernel: Any = triton.jit(rows_kernel)
 
     def spmm(self, pattern: Pattern, weights: Tensor | None, x: Tensor) -> Tensor:
-        heads = x.shape[1] if weights is not None and weights.dim() == 2 else 1
+        heads = x.shape[1] if x.dim() == 3 else 1
         neighbours, pointers = pattern.blocks(heads)
-        table = (x if x.dim() == 2 else x.transpose(0, 1).reshape(-1, x.shape[-1])).contiguous()
-        if weights is not None:
-            weights = pattern.rows.stored(weights)
-            weights = (weights if weights.dim() == 1 else weights.t()).reshape(-1)
+        table = x.reshape(-1, x.shape[-1]).contiguous()
         out = table.new_zeros(pointers.shape[0] - 1, table.shape[1])
         if out.numel():
             grid = out.shape[0], -(-table.shape[1] // BLOCK)
-            given = table if weights is None else weights
+            given = table if weights is None else pattern.stored(weights)
             self.kernel[grid](pointers, neighbours, given, table, out, table.shape[1], weights is not None, BLOCK)
-        return out if x.dim() == 2 else out.view(heads, pattern.rows.size, -1).transpose(0, 1)
+        return out.view(pattern.rows.size, *x.shape[1:])
