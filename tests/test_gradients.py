@@ -24,6 +24,24 @@ EACH_FIXED = pytest.mark.parametrize(
 EACH_ADAPTIVE = pytest.mark.parametrize("name", ADAPTIVE)
 EACH_EXPLICIT = pytest.mark.parametrize("name", EXPLICIT)
 BOTH_MODES = pytest.mark.parametrize("batch_dim", [None, 0], ids=["joint", "rows"])
+DAILY = ("prox_euler", "radauIIA3", "rkc2", "semi_implicit_euler")
+"""Steps that solve systems take long one sample at a time: these are tried every day so, and all of them jointly."""
+MODES = {"joint": (None,), "rows": (0,)}
+WAYS = {f"{mode}-{grid}": (*values, grid) for mode, values in MODES.items() for grid in ("num_steps", "dt", "grid")}
+RARE = ("rows-num_steps", "rows-grid")
+
+
+def in_both_modes(names: list[str], ways: dict[str, tuple] = MODES) -> pytest.MarkDecorator:
+    """``name`` and ``batch_dim``, and where ``ways`` says so ``grid``."""
+    seldom = lambda name, way: name in ALIKE or way in RARE or (way.startswith("rows") and name in OPAQUE and name not in DAILY)
+    cases = [
+        pytest.param(name, *values, marks=pytest.mark.slow if seldom(name, way) else (), id=f"{name}-{way}")
+        for name in names
+        for way, values in ways.items()
+    ]
+    return pytest.mark.parametrize(("name", "batch_dim", "grid")[: 1 + len(next(iter(ways.values())))], cases)
+
+
 CLOSE = {"rtol": 1e-5, "atol": 1e-7, "check_undefined_grad": False}
 GRIDS = {"num_steps": {"num_steps": 6}, "dt": {"dt": 0.15}, "grid": {"controller": "fixed"}}
 """Three ways to ask for fixed steps: six, or seven of which the last is short; or one for every output."""
@@ -78,27 +96,14 @@ def run(name: str, batch_dim: int | None, grid: dict):
 # --- fixed steps: the exact derivative of the discrete map -----------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "batch_dim, grid",
-    [
-        (None, "num_steps"),
-        (None, "dt"),
-        (None, "grid"),
-        (0, "dt"),
-        pytest.param(0, "num_steps", marks=pytest.mark.slow),
-        pytest.param(0, "grid", marks=pytest.mark.slow),
-    ],
-    ids=["joint-num_steps", "joint-dt", "joint-grid", "rows-dt", "rows-num_steps", "rows-grid"],
-)
-@EACH_FIXED
+@in_both_modes(FIXED, WAYS)
 def test_first_derivatives_to_state_times_and_arguments(name, batch_dim, grid, device):
     """To y0, to every entry of t, to each leaf of args, through outputs between the nodes and on them ("grid")."""
     inputs = (start(batch_dim, device), output_times(batch_dim, device), *parameters(device))
     assert gradcheck(run(name, batch_dim, GRIDS[grid]), inputs, **CLOSE)
 
 
-@BOTH_MODES
-@EACH_FIXED
+@in_both_modes(FIXED)
 def test_second_derivatives_to_state_times_and_arguments(name, batch_dim, device):
     # One step more than the start of a multistep method of order 4, and the fewest numbers.
     t = double(0.0, 0.3, 0.5, device=device)
@@ -115,8 +120,7 @@ def test_second_derivatives_to_state_times_and_arguments(name, batch_dim, device
     assert gradgradcheck(solution, (y0, t, rate), rtol=1e-4, atol=1e-6)
 
 
-@BOTH_MODES
-@EACH_FIXED
+@in_both_modes(FIXED)
 def test_derivatives_to_a_module_and_to_captured_leaves(name, batch_dim, device):
     """Parameters that f reaches by itself are inputs like any other."""
     module = nn.Linear(2, 2).double().to(device)
@@ -140,8 +144,7 @@ def test_derivatives_to_a_module_and_to_captured_leaves(name, batch_dim, device)
 
 
 @pytest.mark.parametrize("grid", ["num_steps", "dt"])
-@BOTH_MODES
-@EACH_FIXED
+@in_both_modes(FIXED)
 def test_an_output_on_a_node_moves_along_the_solution(name, batch_dim, grid, device):
     """dL/dt_i at a node is g . dy/dt of the extension there: of either side where they differ. Where they don't, the
     solution is a smooth function of all times, the node's own motion with the first and last included."""
@@ -180,8 +183,7 @@ def accuracy(name: str) -> tuple[float, float]:
     return {2: (1e-6, 3e-3), 3: (1e-8, 1e-5)}.get(order, (1e-9, 1e-6))
 
 
-@BOTH_MODES
-@EACH_ADAPTIVE
+@in_both_modes(ADAPTIVE)
 def test_gradients_of_adaptive_solves_are_those_of_the_solution(name, batch_dim, device):
     """Against a closed form: to y0, t0, every output time (the last is that of the last step) and an argument."""
     tol, limit = accuracy(name)
@@ -200,8 +202,7 @@ def test_gradients_of_adaptive_solves_are_those_of_the_solution(name, batch_dim,
         torch.testing.assert_close(ours, exact, rtol=bound, atol=bound)
 
 
-@BOTH_MODES
-@EACH_ADAPTIVE
+@in_both_modes(ADAPTIVE)
 def test_an_interior_output_of_an_adaptive_solve_moves_along_the_extension(name, batch_dim, device):
     """dL/dt_i = g . dy/dt exactly, with dy/dt of the continuous extension; g . f up to its accuracy."""
     tol, limit = accuracy(name)
