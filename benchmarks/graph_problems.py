@@ -16,7 +16,10 @@ from graphops.errors import MissingDataError
 
 from .registry import BenchmarkError
 
-__all__ = ["DATA", "GRAPHS", "allocator", "citation", "citation_data", "made", "quick_graphs"]
+__all__ = [
+    *("DATA", "GRAPHS", "allocator", "citation", "citation_data", "communities", "community_of"),
+    *("made", "quick_graphs", "tidy"),
+]
 
 DATA = "PROXODE_DATA"
 """The environment variable that names the folder of data sets, `<folder>/cora/cora_planetoid.npz` and so on."""
@@ -81,12 +84,24 @@ def power_law(nodes: int, edges: int, seed: int = 0) -> Graph:
     return tidy(distinct(random, nodes, edges, lambda count: np.stack([drawn(random, w, count) for w in (citing, cited)])))
 
 
+def members(random: np.random.Generator, nodes: int, groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Expected degree and community of each place, and the number of the node there."""
+    degree = random.lognormal(0, 0.7, nodes)
+    return degree, np.sort(random.integers(groups, size=nodes)), random.permutation(nodes)
+
+
+def community_of(nodes: int, groups: int, seed: int = 0) -> np.ndarray:
+    """The community of each node of `communities` with the same arguments."""
+    _, group, numbers = members(np.random.default_rng(seed), nodes, groups)
+    found = np.empty(nodes, np.int64)
+    found[numbers] = group
+    return found
+
+
 def communities(nodes: int, pairs: int, groups: int, seed: int = 0) -> Graph:
     """Undirected, degrees lognormal; four pairs of five within one of `groups` communities, as of authors."""
     random = np.random.default_rng(seed)
-    degree = random.lognormal(0, 0.7, nodes)
-    group = np.sort(random.integers(groups, size=nodes))
-    numbers = random.permutation(nodes)
+    degree, group, numbers = members(random, nodes, groups)
     cumulative = np.concatenate([[0.0], np.cumsum(degree)])
     bounds = cumulative[np.searchsorted(group, np.arange(groups + 1))]
 

@@ -1,0 +1,175 @@
+"""The benchmarks of solvers on graph diffusion, on tiny graphs; what they judge by is checked against what it stands for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import grand_solvers, grand_training, random_walk
+from benchmarks.grand_problems import GRAPHS, Model, sharpened
+from benchmarks.graph_problems import DATA, communities, community_of
+from benchmarks.registry import BENCHMARKS, discover
+from graphops import Graph
+
+discover()
+
+
+@pytest.fixture
+def extras():
+    for package in ("matplotlib", "rich"):
+        pytest.importorskip(package, reason=f"{package} of the bench extra is not installed")
+
+
+def served(tmp_path, *arguments: str) -> dict:
+    """The record that one command writes."""
+    from benchmarks.cli import main
+
+    target = tmp_path / "found.json"
+    assert main(["run", *arguments, "--json", str(target), "--plot", str(tmp_path / "found.png")]) == 0
+    assert (tmp_path / "found.png").stat().st_size > 0
+    return json.loads(target.read_text())
+
+
+# --- random walk -----------------------------------------------------------------------------------------------------
+
+
+def test_walks_go_against_the_edges_and_stay_as_often_as_they_should():
+    graph = Graph(torch.tensor([[1, 2, 0, 3], [0, 0, 1, 2]]), 4)  # 0 hears 1 and 2, 1 hears 0, 2 hears 3; 3 hears nobody
+    ends = random_walk.walked(graph, torch.zeros(40_000, dtype=torch.int64), torch.Generator().manual_seed(0), 1, 0.3)
+    share = ends.bincount(minlength=4) / len(ends)
+    assert share.tolist() == pytest.approx([0.7, 0.15, 0.15, 0.0], abs=0.01)
+
+
+def test_forward_euler_is_the_mean_of_walks_within_four_standard_errors():
+    _, graph, x = random_walk.problem(quick=True)
+    row = random_walk.compared(graph, x, 3_000, torch.Generator().manual_seed(3))
+    assert row["worst"] <= 4
+    assert row["rms"] == pytest.approx(row["expected"], rel=0.5)
+
+
+def test_random_walk_command(extras, tmp_path):
+    rows = served(tmp_path, "random-walk", "--quick")["tables"][0]["rows"]
+    assert [row["verdict"] for row in rows] == ["met"] * 3
+    assert rows[0]["rms"] > rows[2]["rms"]
+
+
+# --- solvers ---------------------------------------------------------------------------------------------------------
+
+
+def test_simulated_communities_know_their_members():
+    graph, member = communities(300, 900, 4), torch.from_numpy(community_of(300, 4))
+    inside = (member[graph.source] == member[graph.target])[graph.source != graph.target]
+    assert inside.float().mean() > 0.75
+
+
+@pytest.fixture(scope="module")
+def case():
+    model = Model(GRAPHS["tiny"]()).eval()
+    with torch.no_grad():
+        sharpened(model, model.encode(), 0.5)
+    return grand_solvers.prepared("tiny", model, False)
+
+
+def scheme(label: str) -> grand_solvers.Scheme:
+    return next(s for s in [*grand_solvers.FIXED, *grand_solvers.ADAPTIVE] if s.label == label)
+
+
+def test_an_error_is_truncation_and_what_the_inner_solver_left(case):
+    row = grand_solvers.line(case, scheme("prox_bdf2, fletcher_reeves"), torch.float32, 8)
+    assert row["ended"] == "done"
+    assert abs(row["error"] - row["truncation"]) <= row["inner"] <= 1e-3 < row["truncation"]
+    assert "truncation" not in grand_solvers.line(case, scheme("rk4"), torch.float32, 8)
+
+
+def test_the_largest_step_is_good_and_longer_ones_are_not(case):
+    rk4 = scheme("rk4")
+    largest, least = grand_solvers.sweep(case, rk4, torch.float32)
+    steps = round(grand_solvers.END / largest)
+    errors = [case.error(grand_solvers.attempt(case, rk4, torch.float32, count).y) for count in (steps // 2, steps)]
+    assert errors[1] <= grand_solvers.GOOD < errors[0]
+    assert least == 4 * steps
+
+
+def test_an_unstable_or_failed_solve_is_told_apart(case):
+    assert grand_solvers.attempt(case, scheme("rk4"), torch.float32, 8).done
+    assert grand_solvers.solved(lambda t, x: 2.0 * x, torch.ones(3), 10.0, method="rk4", num_steps=50).ended == "unstable"
+    assert grand_solvers.solved(lambda t, x: x**2, torch.ones(3), 10.0, method="dopri5").ended not in ("done", "unstable")
+
+
+def test_claims_follow_from_the_rows():
+    rows = [
+        {"scheme": "prox_bdf2, x", "nfe": 40, "error": 5e-4, "least": 30},
+        {"scheme": "prox_bdf2, y", "nfe": 90, "error": 4e-4},
+        {"scheme": "prox_cn, x", "nfe": 20, "error": 5e-3, "least": None},
+        {"scheme": "dopri5", "nfe": 50, "error": 1e-5, "least": 44},
+    ]
+    second, first = grand_solvers.claims(rows)
+    assert "within 0.001; 40" in second and "NOT within" not in second and "0.80" in second and "NOT about half" in second
+    assert "30 evaluations, dopri5 44" in second
+    assert "NOT within" in first and "0.40" in first and "NOT about half" not in first and "no s down to" in first
+
+
+def test_products_with_the_transposed_jacobian_are_counted():
+    problem = GRAPHS["tiny"]()
+    for options, least in (({"adjoint": "checkpoint"}, 32), ({"adjoint": "backprop"}, 32)):
+        run = grand_training.train(problem, grand_training.Scheme("rk4", "", "rk4_classic", {"dt": 1.25, **options}), 1)
+        assert (run.forward, run.backward) == ([32], [least])
+    implicit = grand_training.Scheme("", "", "prox_euler", {"dt": 1.25, "inner_tol": 1.0})
+    run = grand_training.train(problem, implicit, 1)
+    assert run.backward[0] > 8
+
+
+def test_training_through_implicit_steps_lowers_the_loss():
+    steps = {"dt": 1.25, "inner_tol": 1.0, "backward_tol": 1e-4}
+    run = grand_training.train(GRAPHS["tiny"](), grand_training.Scheme("", "", "prox_bdf2", steps), 8)
+    assert run.ended == "done" and len(run.loss) == 8 and len(run.accuracy) == 2
+    assert run.loss[-1] < run.loss[0]
+
+
+def test_a_solver_that_fails_ends_its_training_and_says_so():
+    scheme = grand_training.Scheme("", "", "dopri5", {"dt_min": 9.0})
+    run = grand_training.train(GRAPHS["tiny"](), scheme, 2)
+    assert run.ended.startswith("epoch 1: ") and not run.loss
+
+
+@pytest.mark.slow
+def test_grand_solvers_command(extras, tmp_path):
+    record = served(tmp_path, "grand-solvers", "--quick")
+    titles = [table["title"] for table in record["tables"]]
+    assert titles[0] == "what has to be reached" and any("Fig. 5.1" in title for title in titles)
+    rows = {row["scheme"]: row for row in record["tables"][1]["rows"]}
+    assert {"euler", "rk4", "AB4", "AM4, PECE", "AM4, iterated", "semi_implicit_euler", "dopri8"} <= set(rows)
+    assert any(note.startswith("prox_bdf2") and "of dopri5's" in note for note in record["tables"][1]["notes"])
+    assert any(row["scheme"] == "exp_linear" for table in record["tables"][1:] for row in table["rows"] if "scheme" in row)
+
+
+@pytest.mark.slow
+def test_grand_solvers_trains_every_solver(extras, tmp_path):
+    record = served(tmp_path, "grand-solvers", "--quick", "--train", "2")
+    rows = record["tables"][0]["rows"]
+    assert {row["gradient"] for row in rows} == {"backsolve", "discrete", "implicit"}
+    assert all(row["backward"] > 0 for row in rows if row["ended"] == "done")
+
+
+@pytest.mark.parametrize("arguments", [["grand-solvers"], ["random-walk"]])
+def test_absent_data_ends_with_2_and_says_which_file(extras, monkeypatch, capsys, arguments):
+    from benchmarks.cli import main
+
+    monkeypatch.delenv(DATA, raising=False)
+    assert main(["run", *arguments]) == 2
+    assert "cora_planetoid.npz" in capsys.readouterr().err
+
+
+def test_an_option_of_another_benchmark_is_refused(extras, capsys):
+    from benchmarks.cli import main
+
+    assert main(["run", "random-walk", "--train", "3"]) == 2
+    assert "random-walk has no --train" in capsys.readouterr().err
+    assert main(["run", "grand-solvers", "--graphs", "korá"]) == 2
+    assert "unknown graph" in capsys.readouterr().err
+
+
+def test_they_are_registered():
+    assert {"grand-solvers", "random-walk"} <= set(BENCHMARKS)
