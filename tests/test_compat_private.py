@@ -29,6 +29,33 @@ def f(t, y):
 """
 
 CLIENTS = {
+    "names imported from where they are used, and questions whether torchdiffeq is there": """
+import hashlib
+import importlib.util
+from importlib import import_module
+from pathlib import Path
+from torchdiffeq._impl.adaptive_heun import _AH_C_MID
+from torchdiffeq._impl.adjoint import SOLVERS, _all_callback_names, _check_inputs, odeint
+from torchdiffeq._impl.fixed_adams import _MAX_ORDER, FixedGridODESolver, Perturb
+from torchdiffeq._impl.fixed_grid import rk3_step_func
+from torchdiffeq._impl.misc import _assert_floating, _assert_one_dimensional, _flip_option
+from torchdiffeq._impl.odeint import RK4, AdamsBashforthMoulton, Dopri5Solver, ScipyWrapperODESolver
+from torchdiffeq._impl.rk_common import _one_sixth, _one_third, _two_thirds
+names = ["torchdiffeq", "torchdiffeq._impl", "torchdiffeq._impl.odeint", "torchdiffeq._impl.dopri5"]
+there = [importlib.util.find_spec(name) is not None for name in names]
+files = [len(hashlib.sha256(Path(import_module(name).__file__).read_bytes()).digest()) for name in names]
+options = {"step_t": t}
+_flip_option(options, "step_t")
+out = [torch.tensor([*there, *files, _MAX_ORDER, _one_third + _two_thirds + _one_sixth]), options["step_t"], _AH_C_MID.sum()]
+out += [odeint(f, y0, t, method=name) for name in ("rk4", "dopri5") if SOLVERS[name] in (RK4, Dopri5Solver)]
+for check, wrong in ((_assert_floating, t.int()), (_assert_one_dimensional, y0)):
+    try:
+        check("t", wrong)
+    except (TypeError, AssertionError) as error:
+        out.append(torch.tensor(float(isinstance(error, TypeError))))
+solver = SOLVERS["euler"](func=f, y0=y0, rtol=1e-3, atol=1e-3, max_steps=10)
+out += list(solver._step_func(lambda *args, **kwargs: y0, t[0], t[1] - t[0], t[1], y0))
+""",
     "a step function inserted into SOLVERS": """
 from torchdiffeq._impl.odeint import SOLVERS
 from torchdiffeq._impl.solvers import FixedGridODESolver
@@ -351,7 +378,7 @@ for name, code in clients.items():
     except Exception as error:
         found[name] = f"{type(error).__name__}: {error}"
 import torchdiffeq
-assert install == (not hasattr(torchdiffeq, "__file__")), "the wrong torchdiffeq"
+assert install == ("solvers" in torchdiffeq.__file__), "the wrong torchdiffeq"
 print("RESULT" + json.dumps(found))
 """
 

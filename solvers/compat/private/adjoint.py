@@ -5,9 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from ..adjoint import find_parameters, odeint_adjoint
-from .misc import _flat_to_shape, _mixed_norm
+from ..classes import SOLVERS
+from ..odeint import odeint
+from .misc import _all_adjoint_callback_names, _all_callback_names, _check_inputs, _flat_to_shape, _mixed_norm
 
-__all__ = ["OdeintAdjointMethod", "find_parameters", "handle_adjoint_norm_", "odeint_adjoint"]
+__all__ = [
+    "SOLVERS",
+    "OdeintAdjointMethod",
+    "_all_adjoint_callback_names",
+    "_all_callback_names",
+    "_check_inputs",
+    "find_parameters",
+    "handle_adjoint_norm_",
+    "odeint",
+    "odeint_adjoint",
+]
 
 
 def handle_adjoint_norm_(adjoint_options: dict[str, Any], shapes: Any, state_norm: Any) -> None:

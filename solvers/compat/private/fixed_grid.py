@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...methods import METHODS
 from .misc import Perturb
-from .rk_common import _increment, rk4_alt_step_func
+from .rk_common import _increment, rk2_step_func, rk3_step_func, rk4_alt_step_func  # noqa: F401  (imported from here by others)
 from .solvers import FixedGridODESolver
 
 

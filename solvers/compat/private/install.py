@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -81,7 +82,10 @@ OVERRIDES.append(patches.patched)
 
 
 def _module(name: str, **names: Any) -> ModuleType:
+    """With a specification and a file, which code reads that asks whether torchdiffeq is there, and what it is made of."""
     module = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None, origin=__file__, is_package="__path__" in names)
+    module.__file__ = __file__
     vars(module).update(names)
     return module
 
@@ -106,13 +110,16 @@ def _tree() -> dict[str, ModuleType]:
 
     checks = {name: getattr(misc, name) for name in ("_check_inputs", "_flat_to_shape")}
     made("odeint", SOLVERS=SOLVERS, ImplicitFnGradientRerouting=ImplicitFnGradientRerouting,
-         _interp_evaluate=interp._interp_evaluate, **public, **checks)
+         _interp_evaluate=interp._interp_evaluate, **{solver.__name__: solver for solver in BUILT_IN.values()}, **public,
+         **checks)
     made("dopri5", **coefficients(Dopri5Solver, "_DORMAND_PRINCE_SHAMPINE_TABLEAU", "DPS_C_MID"))
     made("dopri8", **coefficients(Dopri8Solver, "_DOPRI8_TABLEAU", "_C_mid"))
     made("bosh3", **coefficients(Bosh3Solver, "_BOGACKI_SHAMPINE_TABLEAU", "_BS_C_MID"))
     made("fehlberg2", **coefficients(Fehlberg2, "_FEHLBERG2_TABLEAU", "_FE_C_MID"))
-    made("adaptive_heun", **coefficients(AdaptiveHeunSolver, "_ADAPTIVE_HEUN_TABLEAU", "AH_C_MID"))
-    made("fixed_adams", AdamsBashforth=AdamsBashforth, AdamsBashforthMoulton=AdamsBashforthMoulton)
+    made("adaptive_heun", **coefficients(AdaptiveHeunSolver, "_ADAPTIVE_HEUN_TABLEAU", "_AH_C_MID"))
+    made("fixed_adams", AdamsBashforth=AdamsBashforth, AdamsBashforthMoulton=AdamsBashforthMoulton, _MIN_ORDER=4, _MAX_ORDER=12,
+         _MAX_ITERS=4, FixedGridODESolver=solvers.FixedGridODESolver, Perturb=misc.Perturb, _linf_norm=misc._linf_norm,
+         _compute_error_ratio=misc._compute_error_ratio, rk4_alt_step_func=rk_common.rk4_alt_step_func)
     made("scipy_wrapper", ScipyWrapperODESolver=ScipyWrapperODESolver)
     # As in torchdiffeq, where the package's attribute ``odeint`` is the function and not the module.
     package = _module(impl, **(parts | public), __path__=[])

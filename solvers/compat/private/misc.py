@@ -208,6 +208,21 @@ def _assert_increasing(name: str, t: Tensor) -> None:
         raise CheckError(f"{name} must be strictly increasing or decreasing")
 
 
+def _assert_floating(name: str, t: Tensor) -> None:
+    if not t.is_floating_point():
+        raise CheckTypeError(f"`{name}` must be a floating point Tensor but is a {t.type()}")
+
+
+def _assert_one_dimensional(name: str, t: Tensor) -> None:
+    if t.dim() != 1:
+        raise CheckError(f"{name} must be one dimensional, found shape {tuple(t.shape)}")
+
+
+def _flip_option(options: dict[str, Any], option_name: str) -> None:
+    if options.get(option_name) is not None:
+        options[option_name] = -torch.as_tensor(options[option_name])
+
+
 def _check_timelike(name: str, timelike: Any, can_grad: bool) -> None:
     check_times(timelike, timelike.device if isinstance(timelike, Tensor) else torch.device("cpu"), name)
     if not can_grad and timelike.requires_grad:
@@ -269,8 +284,7 @@ def _turn(options: dict[str, Any]) -> None:
     if build is not None:
         options["grid_constructor"] = lambda func, y0, t: -build(func, y0, -t)
     for name in ("step_t", "jump_t"):
-        if options.get(name) is not None:
-            options[name] = -torch.as_tensor(options[name])
+        _flip_option(options, name)
 
 
 def _attach_callbacks(func: Any, original: Any, shapes: Any, turned: bool, method: str, solver: Any) -> None:

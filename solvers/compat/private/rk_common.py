@@ -23,6 +23,7 @@ from .interp import _interp_evaluate, _interp_fit
 from .misc import Perturb, _compute_error_ratio, _optimal_step_size, _select_initial_step
 from .solvers import AdaptiveStepsizeEventODESolver
 
+_one_third, _two_thirds, _one_sixth = 1 / 3, 2 / 3, 1 / 6
 _ButcherTableau = namedtuple("_ButcherTableau", "alpha, beta, c_sol, c_error")
 _RungeKuttaState = namedtuple("_RungeKuttaState", "y1, f1, t0, t1, dt, interp_coeff")
 
