@@ -47,7 +47,7 @@ files = [len(hashlib.sha256(Path(import_module(name).__file__).read_bytes()).dig
 options = {"step_t": t}
 _flip_option(options, "step_t")
 out = [torch.tensor([*there, *files, _MAX_ORDER, _one_third + _two_thirds + _one_sixth]), options["step_t"], _AH_C_MID.sum()]
-out += [odeint(f, y0, t, method=name) for name in ("rk4", "dopri5") if SOLVERS[name] in (RK4, Dopri5Solver)]
+out += [torch.tensor([SOLVERS["rk4"] is RK4, SOLVERS["dopri5"] is Dopri5Solver]), odeint(f, y0, t, method="rk4")]
 for check, wrong in ((_assert_floating, t.int()), (_assert_one_dimensional, y0)):
     try:
         check("t", wrong)
