@@ -24,6 +24,7 @@ from .field import Field
 from .layout import Layout, carries_gradient, transforms_active
 from .methods import Method
 from .norms import ErrorNorm
+from .optim.base import joined
 from .saveat import JointSaver, RowSaver, SaveAt, Segment
 from .status import ArgumentError, Status
 
@@ -278,6 +279,8 @@ class _Run(ABC):
             for name, number in (("njac", algebra.njac), ("nlu", algebra.nlu), ("nvjp", algebra.nvjp)):
                 self.algebra[name] = self.algebra.get(name, 0) + number
             self.algebra["jacobian"] = algebra.how or self.algebra.get("jacobian", "")
+            if algebra.inner:
+                self.algebra["inner"] = joined(self.algebra.get("inner", ()), algebra.inner)
 
     def judge(self, out: Any) -> tuple[Any, Any]:
         """Error of the step and what the controller makes of it."""

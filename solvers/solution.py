@@ -19,8 +19,8 @@ class Stats:
     nfe: calls of f, for whatever purpose. nfe_per_sample: those made while the sample was still moving. njvp, nvjp: exact
     Jacobian products. accepted, rejected: attempted steps. inner_iterations: of implicit steps. forced: steps accepted at
     ``dt_min`` against the error estimate. njac, nlu: Jacobians and factorisations made by Newton iterations, and in
-    jacobian how: "jac", "autograd", "differences", "coloured differences" or "matrix-free". backward: the same for the
-    backward pass, once one has run.
+    jacobian how: "jac", "autograd", "differences", "coloured differences" or "matrix-free". inner: the inner solvers that
+    implicit steps were solved by, the chosen one first. backward: the same for the backward pass, once one has run.
     """
 
     nfe: int = 0
@@ -34,6 +34,7 @@ class Stats:
     njac: int = 0
     nlu: int = 0
     jacobian: str = ""
+    inner: tuple[str, ...] = ()
     backward: Stats | None = None
 
 

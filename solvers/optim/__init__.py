@@ -1,6 +1,6 @@
 """Inner solvers of implicit steps, registered by name in :data:`INNER_OPTIMIZERS`."""
 
-from . import conjugate, newton, newton_krylov  # (registration)
+from . import conjugate, gradient, newton, newton_krylov, secant  # (registration)
 from .base import (
     INNER_OPTIMIZERS,
     Algebra,

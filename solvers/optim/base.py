@@ -6,6 +6,7 @@ give up. An optimiser only proposes the next iterate.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -38,17 +39,25 @@ class Point(NamedTuple):
 
 
 class Algebra:
-    """Linear algebra that was done: Jacobians, factorisations, exact products with J^T, and how Jacobians were found."""
+    """Linear algebra that was done: Jacobians, factorisations, exact products with J^T, how Jacobians were found, and the names
+    of the inner solvers at work."""
 
-    __slots__ = ("how", "njac", "nlu", "nvjp")
+    __slots__ = ("how", "inner", "njac", "nlu", "nvjp")
 
     def __init__(self) -> None:
         self.njac = self.nlu = self.nvjp = 0
         self.how = ""
+        self.inner: tuple[str, ...] = ()
 
     def add(self, other: Algebra) -> None:
         self.njac, self.nlu, self.nvjp = self.njac + other.njac, self.nlu + other.nlu, self.nvjp + other.nvjp
         self.how = other.how or self.how
+        self.inner = joined(self.inner, other.inner)
+
+
+def joined(names: tuple[str, ...], more: tuple[str, ...]) -> tuple[str, ...]:
+    """Each name once, in the order in which they came."""
+    return names if names == more else tuple(dict.fromkeys((*names, *more)))
 
 
 class InnerProblem(ABC):
@@ -304,6 +313,12 @@ class InnerOptimizer(ABC):
     patience: ClassVar[int] = 1000
     """Iterations for a step, where the user does not say how many."""
 
+    @property
+    def name(self) -> str:
+        """The name that this kind of optimiser is registered under; that of its class where it is not."""
+        kind = type(self)
+        return _name(kind, _variant(kind, self))
+
     def chosen(self, layout: Any) -> InnerOptimizer:
         """What serves a state of this layout: itself, or another. Raises ``UnsupportedError`` / ``ArgumentError``."""
         return self
@@ -371,6 +386,7 @@ def minimise(
         tol: in units of the tolerance. max_iters: per sample. active: True or the ``(B,)`` mask of samples to be solved.
     """
     problem.tol = tol
+    problem.algebra.inner = joined(problem.algebra.inner, (optimizer.name,))
     run = _Run(problem, start, tol, active)
     state = optimizer.init(problem, start, run.running, memory)
     run.begin(optimizer.curvature(state), optimizer.rests)
@@ -482,3 +498,21 @@ def all_true(mask: Any) -> bool:
 
 
 INNER_OPTIMIZERS: Registry[InnerOptimizer] = Registry("inner solver")
+
+
+@lru_cache(maxsize=64)
+def _name(kind: type, variant: Any) -> str:
+    same = {name: _variant(kind, item) for name, item in INNER_OPTIMIZERS.items() if type(item) is kind}
+    fitting = [name for name, value in same.items() if value == variant]
+    return (fitting or list(same) or [kind.__name__])[0]
+
+
+def _variant(kind: type, optimizer: Any) -> Any:
+    """What tells entries of one class apart: the first field that is no option."""
+    name = _first_field(kind)
+    return None if name is None else getattr(optimizer, name)
+
+
+@lru_cache(maxsize=64)
+def _first_field(kind: type) -> str | None:
+    return next((field.name for field in dataclasses.fields(kind) if not field.kw_only), None)

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..status import ArgumentError, ArgumentTypeError
+from ..status import ArgumentError
 from .base import INNER_OPTIMIZERS, InnerOptimizer, InnerProblem, InnerStep, Point, any_true
-from .linesearch import PowerMemory, SeenRadius, spectral_radius
+from .evaluating import check_stop, step_error
+from .linesearch import PowerMemory, SeenRadius, check_rate, constant_rate
 
 RATES = ("cg", "line_search", "constant")
 POWELL = 0.2
@@ -47,7 +48,27 @@ def fletcher_reeves(problem: InnerProblem, r: Tensor, rr: Any, state: CGState) -
     return problem.ratio(rr, state.rr)
 
 
-BETA: dict[str, Callable[[InnerProblem, Tensor, Any, CGState], Any]] = {"fletcher_reeves": fletcher_reeves}
+def polak_ribiere(problem: InnerProblem, r: Tensor, rr: Any, state: CGState) -> Any:
+    """<r', r' - r> / |r|**2, at least 0 (Polak and Ribiere 1969; Gilbert and Nocedal 1992, SIAM J. Optim. 2, 21-42)."""
+    return problem.ops.maximum(problem.ratio(rr - problem.dot(r, state.r), state.rr), 0.0)
+
+
+def hestenes_stiefel(problem: InnerProblem, r: Tensor, rr: Any, state: CGState) -> Any:
+    """<r', r' - r> / <p, r' - r>, at least 0 (Hestenes and Stiefel 1952, J. Res. Nat. Bur. Stand. 49, 409-436)."""
+    return problem.ops.maximum(problem.ratio(rr - problem.dot(r, state.r), problem.dot(state.p, r) - state.slope), 0.0)
+
+
+def dai_yuan(problem: InnerProblem, r: Tensor, rr: Any, state: CGState) -> Any:
+    """|r'|**2 / <p, r' - r> (Dai and Yuan 1999, SIAM J. Optim. 10, 177-182)."""
+    return problem.ratio(rr, problem.dot(state.p, r) - state.slope)
+
+
+BETA: dict[str, Callable[[InnerProblem, Tensor, Any, CGState], Any]] = {
+    "fletcher_reeves": fletcher_reeves,
+    "polak_ribiere": polak_ribiere,
+    "hestenes_stiefel": hestenes_stiefel,
+    "dai_yuan": dai_yuan,
+}
 """beta in p' = -r' + beta p from r', |r'|**2 and the state before; NaN restarts. Each entry is an optimiser."""
 
 
@@ -68,7 +89,7 @@ class ConjugateGradient(InnerOptimizer):
     nonlinear problem; and, as conjugate directions do not converge where J is not symmetric, go on there with directions
     whose images M p are orthogonal to those before (Vinsome 1976), which needs no symmetry, only a positive definite M.
     False: the bare iteration. Only the first applies to constant rates. ``refresh``: iterations after which "cg" evaluates
-    the residual again.
+    the residual again. ``inner_stop``: as of the other first-order solvers; "step" is not for "cg".
 
     A sample with <p, M p> <= 0 right after an evaluated residual is given up: nothing is minimised there.
     """
@@ -78,18 +99,14 @@ class ConjugateGradient(InnerOptimizer):
     rate: str | float = "cg"
     restart: bool = True
     lipschitz: float | None = None
+    inner_stop: str = "residual"
     refresh: int = 50
 
     def __post_init__(self) -> None:
-        if isinstance(self.rate, str):
-            if self.rate not in RATES:
-                raise ArgumentError(f"rate must be one of {', '.join(RATES)} or a number, found {self.rate!r}")
-        elif not isinstance(self.rate, (int, float)):
-            raise ArgumentTypeError(f"rate must be a word or a number, found {type(self.rate).__name__}")
-        elif not self.rate > 0:
-            raise ArgumentError(f"rate must be positive, found {self.rate}")
-        if self.lipschitz is not None and not self.lipschitz >= 0:
-            raise ArgumentError(f"lipschitz must be >= 0, found {self.lipschitz}")
+        check_rate(self.rate, self.lipschitz, RATES)
+        check_stop(self.inner_stop)
+        if self.rate == "cg" and self.inner_stop == "step":
+            raise ArgumentError("inner_stop='step' needs every residual: take rate='line_search', 'constant' or a number")
         if self.refresh < 1:
             raise ArgumentError(f"refresh must be at least 1, found {self.refresh}")
 
@@ -107,11 +124,7 @@ class ConjugateGradient(InnerOptimizer):
         return (PowerMemory if self.estimates else SeenRadius).fresh(layout, y0)
 
     def init(self, problem: Any, point: Point, running: Any, memory: Any) -> CGState:
-        rho = memory.rho if self.lipschitz is None else self.lipschitz
-        if self.estimates:
-            rho, memory = spectral_radius(problem, point, running, memory)
-        known = 1 + abs(problem.g) * rho
-        eta = 1 / known if self.rate == "constant" else self.rate
+        eta, known, memory = constant_rate(self, problem, point, running, memory)
         rr = problem.dot(point.r, point.r)
         none = problem.ops.where(running, False, False)
         seen = problem.ops.where(running, 1.0, 1.0)
@@ -132,8 +145,9 @@ class ConjugateGradient(InnerOptimizer):
             p, mp, alpha, seen, window = self._search(problem, p, r, state, running)
             state = state._replace(window=window)
         wide = problem.layout.spread(alpha)
-        z = z + wide * p
+        before, z = Point(z, r), z + wide * p
         evaluated: Point | None = None
+        error = None
         if self.rate == "cg":
             point, r = state.point, r + wide * mp
         else:
@@ -141,9 +155,10 @@ class ConjugateGradient(InnerOptimizer):
             if self.searches and self.restart:
                 point, _ = problem.shorten(state.point, point, running)
             evaluated, z, r = point, point.z, point.r
+            error = step_error(self.inner_stop, problem, before, point)
         state = self._turn(problem, p, r, state, running)
         known = problem.ops.maximum(state.known, seen)
-        return InnerStep(z, r, state._replace(point=point, known=known, seen=seen), evaluated)
+        return InnerStep(z, r, state._replace(point=point, known=known, seen=seen), evaluated, error)
 
     def _search(
         self, problem: InnerProblem, p: Tensor, r: Tensor, state: CGState, running: Any

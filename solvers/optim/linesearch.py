@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..status import ArgumentError, ArgumentTypeError
 from .base import Point, ProximalProblem, any_true
 
 STEPS = 25
@@ -62,6 +63,28 @@ def spectral_radius(problem: ProximalProblem, point: Point, running: Any, memory
         rho = ops.where(usable, found, rho)
         pending = usable & ops.invert(settled)
     return MARGIN * rho, PowerMemory(v, rho, memory.age + 1)
+
+
+def check_rate(rate: Any, lipschitz: float | None, words: tuple[str, ...]) -> None:
+    """Raise ``ArgumentTypeError`` / ``ArgumentError`` unless ``rate`` is one of ``words`` or positive, and ``lipschitz`` >= 0."""
+    if isinstance(rate, str):
+        if rate not in words:
+            raise ArgumentError(f"rate must be one of {', '.join(words)} or a number, found {rate!r}")
+    elif not isinstance(rate, (int, float)):
+        raise ArgumentTypeError(f"rate must be a word or a number, found {type(rate).__name__}")
+    elif not rate > 0:
+        raise ArgumentError(f"rate must be positive, found {rate}")
+    if lipschitz is not None and not lipschitz >= 0:
+        raise ArgumentError(f"lipschitz must be >= 0, found {lipschitz}")
+
+
+def constant_rate(optimizer: Any, problem: Any, point: Point, running: Any, memory: Any) -> tuple[Any, Any, Any]:
+    """The rate of an optimiser that has ``rate`` and ``lipschitz``, the curvature 1 + |g| rho as far as known, and the memory."""
+    rho = memory.rho if optimizer.lipschitz is None else optimizer.lipschitz
+    if optimizer.estimates:
+        rho, memory = spectral_radius(problem, point, running, memory)
+    known = 1 + abs(problem.g) * rho
+    return (1 / known if optimizer.rate == "constant" else optimizer.rate), known, memory
 
 
 def waves(layout: Any, like: Tensor, rate: float) -> Tensor:

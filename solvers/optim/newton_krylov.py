@@ -128,7 +128,7 @@ class NewtonKrylov(InnerOptimizer):
         left = ops.where(size <= state.floor, 0.0, left)
         residual = problem.norm(point.r)
         worse = (residual >= DIVERGED * state.residual) | (ops.invert(solved) & (linear > FORCING * residual))
-        hopeless = (left > problem.tol) & worse | ops.invert(ops.isfinite(size))
+        hopeless = (left > problem.tol) & worse | ops.invert(ops.isfinite(size) & ops.isfinite(residual))
         left = ops.where(hopeless, math.nan, left)
         before, residual = ops.where(running, size, state.before), ops.where(running, residual, state.residual)
         state = state._replace(point=None, expected=expected, before=before, residual=residual)
