@@ -333,6 +333,7 @@ def run(settings: Settings) -> Result:
     schemes = [s for s in [*FIXED, *ADAPTIVE] if settings.methods is None or s.method in settings.methods]
     for problem in problems:
         for case in cases(problem):
+            print(f"  {case.name}", flush=True)
             tables.append(table_of(case, schemes, settings.quick))
             if case.name.endswith("first epoch"):
                 tables.append(tolerances(case, settings.quick))

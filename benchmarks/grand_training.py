@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from .grand_problems import END, GrandProblem, Model
 from .registry import Column, Table
 
-__all__ = ["SCHEMES", "Counted", "Run", "backsolved", "table", "train"]
+__all__ = ["Counted", "Run", "Scheme", "accuracies", "backsolved", "fitted", "schemes", "table", "train"]
 
 TOLERANCE = 1e-4
 MOST_STEPS = 400
@@ -52,14 +52,15 @@ class Counted(nn.Module):
 
 @dataclass(frozen=True)
 class Scheme:
-    """A solver and how it is differentiated; `trial`: evaluations forward and backward and CPU seconds an epoch of a trial
-    implementation on Cora, where it had them."""
+    """A solver and how it is differentiated; `linear`: with A of the start throughout. `trial`: evaluations forward and backward
+    and CPU seconds an epoch of a trial implementation on Cora, where it had them."""
 
     label: str
     gradient: str
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     trial: tuple[float, float, float] | None = None
+    linear: bool = False
 
 
 def schemes() -> list[Scheme]:
@@ -82,8 +83,6 @@ def schemes() -> list[Scheme]:
 
 BACKSOLVED = {"adaptive_heun": (87, 111, 3.78), "dopri5": None, "dopri8": (90, 140, 2.96)}
 IMPLICIT = {"prox_euler": (46, 65, 0.64), "prox_bdf2": (42, 58, 0.55)}
-SCHEMES = schemes
-
 COLUMNS = [
     Column("solver", "solver"),
     Column("gradient", "gradient"),
@@ -101,21 +100,27 @@ COLUMNS = [
 
 @dataclass
 class Run:
-    """What came of training: one number an epoch in each list, of `accuracy` (%) every `EVERY` epochs and at the end."""
+    """What came of training: a number an epoch, but of `accuracy` and `test` (%) every `EVERY` epochs and at the end."""
 
     forward: list[int] = field(default_factory=list)
     backward: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
+    test: list[float] = field(default_factory=list)
     ended: str = "done"
+
+    @property
+    def best(self) -> float | None:
+        """Accuracy on the test nodes where that on the validation nodes was highest."""
+        return self.test[self.accuracy.index(max(self.accuracy))] if self.accuracy else None
 
 
 def end_of(model: Model, scheme: Scheme, x: Tensor) -> tuple[Any, Counted]:
     """The solution from `x`, and the field with its counts."""
     from solvers import solve
 
-    counted = Counted(model.attention, model.field())
+    counted = Counted(model.attention, model.linear_field(x) if scheme.linear else model.field())
     return solve(counted, x, [0.0, END], method=scheme.method, **bounds(x, TOLERANCE), **scheme.options), counted
 
 
@@ -126,10 +131,15 @@ def bounds(x: Tensor, tolerance: float) -> dict[str, Any]:
 
 
 def train(problem: GrandProblem, scheme: Scheme, epochs: int, seed: int = 0) -> Run:
-    """Full batches for `epochs`; a solver that fails ends the run, and that is part of the answer."""
+    """Full batches for `epochs` from a new model; a solver that fails ends the run, and that is part of the answer."""
+    return fitted(Model(problem, seed), scheme, epochs)
+
+
+def fitted(model: Model, scheme: Scheme, epochs: int) -> Run:
+    """The same of a model that is there, which is left as the last epoch leaves it."""
     from solvers import ProxodeError
 
-    model, run = Model(problem, seed), Run()
+    problem, run = model.problem, Run()
     optimiser = getattr(torch.optim, problem.optimiser)(model.parameters(), **problem.training)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -137,7 +147,9 @@ def train(problem: GrandProblem, scheme: Scheme, epochs: int, seed: int = 0) -> 
             try:
                 one_epoch(model, scheme, optimiser, run)
                 if epoch % EVERY == EVERY - 1 or epoch == epochs - 1:
-                    run.accuracy.append(validated(model, scheme))
+                    validation, test = scored(model, scheme)
+                    run.accuracy.append(validation)
+                    run.test.append(test)
             except ProxodeError as error:
                 run.ended = f"epoch {epoch + 1}: {type(error).__name__}"
                 break
@@ -163,13 +175,18 @@ def one_epoch(model: Model, scheme: Scheme, optimiser: Any, run: Run) -> None:
 
 
 @torch.no_grad()
-def validated(model: Model, scheme: Scheme) -> float:
-    """Accuracy on the validation nodes, %."""
+def scored(model: Model, scheme: Scheme) -> tuple[float, float]:
+    """Accuracy on the validation and on the test nodes, %."""
     model.eval()
-    solution, _ = end_of(model, scheme, model.encode())
-    mask = model.problem.split.val
-    right = model.decode(solution.y[-1])[mask].argmax(1) == model.problem.y[mask]
-    return 100 * float(right.float().mean())
+    return accuracies(model, end_of(model, scheme, model.encode())[0].y[-1])
+
+
+@torch.no_grad()
+def accuracies(model: Model, z: Tensor) -> tuple[float, float]:
+    """Of the decoded end `z` of a solve."""
+    right = (model.decode(z).argmax(1) == model.problem.y).float()
+    split = model.problem.split
+    return 100 * float(right[split.val].mean()), 100 * float(right[split.test].mean())
 
 
 def table(problem: GrandProblem, epochs: int) -> tuple[Table, dict[str, Any]]:

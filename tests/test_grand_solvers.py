@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import grand_solvers, grand_training, random_walk
+from benchmarks import grand_solvers, grand_sparsity, grand_stepsize, grand_training, random_walk
 from benchmarks.grand_problems import GRAPHS, Model, sharpened
 from benchmarks.graph_problems import DATA, communities, community_of
 from benchmarks.registry import BENCHMARKS, discover
@@ -153,7 +153,44 @@ def test_grand_solvers_trains_every_solver(extras, tmp_path):
     assert all(row["backward"] > 0 for row in rows if row["ended"] == "done")
 
 
-@pytest.mark.parametrize("arguments", [["grand-solvers"], ["random-walk"]])
+# --- step sizes and sparsity -----------------------------------------------------------------------------------------
+
+
+def test_steps_within_a_percent_are_told_from_the_others():
+    rows = [{"solver": "AB4", "step": step, "ended": "done", "error": error} for step, error in ((0.1, 1e-5), (0.5, 3.0))]
+    rows.append({"solver": "AB4", "step": 1.0, "ended": "non finite"})
+    assert "within 1 % at steps 0.1, not at 0.5, 1;" in grand_stepsize.verdicts(rows)[0]
+
+
+def test_rewiring_keeps_the_heaviest_edges_and_a_loop():
+    problem = GRAPHS["tiny"]()
+    graph = grand_sparsity.rewired_problem(problem, 3).graph
+    loops = graph.source == graph.target
+    assert int(loops.sum()) == graph.num_sources and graph.weight is None
+    assert graph.degree().max() <= 4 and graph.num_edges < problem.graph.num_edges
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["l", "nl"])
+def test_grand_stepsize_command(extras, tmp_path, variant):
+    record = served(tmp_path, "grand-stepsize", "--quick", "--variant", variant)
+    rows = {(row["solver"], row.get("step")): row for row in record["tables"][0]["rows"]}
+    assert rows["AB4", 0.1]["error"] < 1e-4 and rows["AB4", 1.0]["ended"] != "done"
+    assert rows["AM4, iterated", 1.0]["ended"] == "done" != rows["AM4, PECE", 2.0].get("error", 1.0)
+    assert all(row["ended"] == "done" for row in record["tables"][1]["rows"])
+
+
+@pytest.mark.slow
+def test_grand_sparsity_command(extras, tmp_path):
+    rows = served(tmp_path, "grand-sparsity", "--quick")["tables"][0]["rows"]
+    assert [row["kept"] for row in rows] == ["4", "8", "16", "as given"]
+    assert rows[0]["edges"] < rows[1]["edges"] < rows[2]["edges"]
+
+
+# --- data and options ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["grand-solvers"], ["random-walk"], ["grand-stepsize"], ["grand-sparsity"]])
 def test_absent_data_ends_with_2_and_says_which_file(extras, monkeypatch, capsys, arguments):
     from benchmarks.cli import main
 
@@ -172,4 +209,4 @@ def test_an_option_of_another_benchmark_is_refused(extras, capsys):
 
 
 def test_they_are_registered():
-    assert {"grand-solvers", "random-walk"} <= set(BENCHMARKS)
+    assert {"grand-solvers", "random-walk", "grand-stepsize", "grand-sparsity"} <= set(BENCHMARKS)
