@@ -44,9 +44,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("name", help="a benchmark, as `list` names them")
     run.add_argument("--methods", type=names, metavar="a,b", help="only these of our methods")
     run.add_argument("--peers", type=names, metavar="a,b", help="only these other solvers")
-    run.add_argument("--problems", type=names, metavar="a,b", help="only these problems (stiff-diffusion)")
+    run.add_argument("--problems", type=names, metavar="a,b", help="only these problems (stiff-diffusion, stiff-suite)")
     run.add_argument("--quick", action="store_true", help="a short version that shows that it works")
-    run.add_argument("--full", action="store_true", help="the whole terrain in place of its crop (stiff-diffusion)")
+    run.add_argument("--full", action="store_true", help="the large problems, too")
     run.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     for name, about in own_options().items():
         run.add_argument(f"--{name}", metavar="V", help=about)
@@ -82,6 +82,9 @@ def show_list() -> None:
     print(f"benchmarks:\n{usual_times()}\n\nproblems of stiff-diffusion:")
     for name, build in PROBLEMS.items():
         print(f"  {name:16s} {build.__doc__.splitlines()[0]}")
+    for entry in BENCHMARKS.values():
+        if entry.problems is not None:
+            print(f"\nproblems of {entry.name}:\n  {', '.join(entry.problems)}")
     print("\npeers:")
     for name, peer in PEERS.items():
         print(f"  {name:20s} {peer.absent or 'installed'}")
@@ -108,7 +111,7 @@ def check(entry: Benchmark, settings: Settings) -> None:
         if name not in METHODS:
             raise unknown("method", name, METHODS)
     PEERS.choose(settings.peers)
-    PROBLEMS.choose(settings.problems)
+    (PROBLEMS if entry.problems is None else entry.problems).choose(settings.problems)
     if settings.peers is not None and not entry.takes_peers:
         raise BenchmarkError(f"{entry.name} has no choice of peers; leave --peers out")
 

@@ -71,6 +71,13 @@ def torchdiffeq_dopri5(problem: DiffusionProblem, deadline: Deadline) -> Outcome
     return Outcome(y[1:], timed.calls, steps["accepted"], steps["rejected"])
 
 
+def pattern(field: Any, start: torch.Tensor) -> dict[str, Any]:
+    """The option that tells scipy's implicit methods where the Jacobian is not 0, where the field knows."""
+    if hasattr(field, "sparsity"):
+        return {"jac_sparsity": field.sparsity()}
+    return {"jac_sparsity": sparsity(field.jacobian(start))} if hasattr(field, "jacobian") else {}
+
+
 def scipy_method(method: str) -> Callable[[DiffusionProblem, Deadline], Outcome]:
     """One of scipy's stiff methods; BDF and Radau difference the Jacobian along its sparsity pattern."""
 
@@ -80,7 +87,7 @@ def scipy_method(method: str) -> Callable[[DiffusionProblem, Deadline], Outcome]
         shape = problem.y0.shape
         start = problem.y0.cpu()
         timed = TimedField(problem.field, deadline.start())
-        pattern = {} if method == "LSODA" else {"jac_sparsity": sparsity(problem.field.jacobian(start))}
+        known = {} if method == "LSODA" else pattern(problem.field, start)
 
         def field(t: float, y: np.ndarray) -> np.ndarray:
             return timed(t, torch.from_numpy(y).view(shape)).reshape(-1).numpy()
@@ -94,7 +101,7 @@ def scipy_method(method: str) -> Callable[[DiffusionProblem, Deadline], Outcome]
                 dense_output=True,
                 rtol=problem.rtol,
                 atol=problem.atol,
-                **pattern,
+                **known,
             )
         except OutOfTime as late:
             return Outcome(None, timed.calls, stopped_at=late.t)
@@ -106,25 +113,29 @@ def scipy_method(method: str) -> Callable[[DiffusionProblem, Deadline], Outcome]
     return solve
 
 
-def sundae_cvode(problem: DiffusionProblem, deadline: Deadline) -> Outcome:
-    """SUNDIALS' CVODE, BDF with GMRES, through scikit-sundae."""
-    from sksundae.cvode import CVODE
+def sundae_cvode(**options: Any) -> Callable[[DiffusionProblem, Deadline], Outcome]:
+    """SUNDIALS' CVODE, BDF with the linear solver of ``options``, through scikit-sundae."""
 
-    shape = problem.y0.shape
-    timed = TimedField(problem.field, deadline.start())
+    def solve(problem: DiffusionProblem, deadline: Deadline) -> Outcome:
+        from sksundae.cvode import CVODE
 
-    def field(t: float, y: np.ndarray, change: np.ndarray) -> None:
-        change[:] = timed(t, torch.from_numpy(np.array(y)).view(shape)).reshape(-1).numpy()
+        shape = problem.y0.shape
+        timed = TimedField(problem.field, deadline.start())
 
-    outputs = len(problem.times) - 1  # CVODE gives every step when asked for one output, the last of them at its time
-    solver = CVODE(field, method="BDF", rtol=problem.rtol, atol=problem.atol, linsolver="gmres", krylov_dim=50)
-    try:
-        found = solver.solve(np.array(problem.times), problem.y0.cpu().reshape(-1).numpy())
-    except OutOfTime as late:
-        return Outcome(None, timed.calls, stopped_at=late.t)
-    if not found.success:
-        return Outcome(None, timed.calls, failed=str(found.message))
-    return Outcome(torch.from_numpy(np.array(found.y[-outputs:])).view(-1, *shape), timed.calls)
+        def field(t: float, y: np.ndarray, change: np.ndarray) -> None:
+            change[:] = timed(t, torch.from_numpy(np.array(y)).view(shape)).reshape(-1).numpy()
+
+        outputs = len(problem.times) - 1  # CVODE gives every step when asked for one output, the last of them at its time
+        solver = CVODE(field, method="BDF", rtol=problem.rtol, atol=problem.atol, max_num_steps=10**6, **options)
+        try:
+            found = solver.solve(np.array(problem.times), problem.y0.cpu().reshape(-1).numpy())
+        except OutOfTime as late:
+            return Outcome(None, timed.calls, stopped_at=late.t)
+        if not found.success:
+            return Outcome(None, timed.calls, failed=str(found.message))
+        return Outcome(torch.from_numpy(np.array(found.y[-outputs:])).view(-1, *shape), timed.calls)
+
+    return solve
 
 
 for entry in (
@@ -132,6 +143,7 @@ for entry in (
     Peer("scipy-bdf", "scipy", "bench", scipy_method("BDF")),
     Peer("scipy-radau", "scipy", "bench", scipy_method("Radau"), largest=DENSE_LIMIT),
     Peer("scipy-lsoda", "scipy", "bench", scipy_method("LSODA"), largest=DENSE_LIMIT),
-    Peer("cvode-gmres", "sksundae", "peers", sundae_cvode),
+    Peer("cvode-gmres", "sksundae", "peers", sundae_cvode(linsolver="gmres", krylov_dim=50)),
+    Peer("cvode-dense", "sksundae", "peers", sundae_cvode(linsolver="dense"), largest=400),
 ):
     PEERS.add(entry.name, entry)

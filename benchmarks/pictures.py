@@ -110,7 +110,7 @@ def show_work(axes: Any, rows: list[dict[str, Any]], problem: Any) -> None:
     """Error against evaluations of every solver that finished; the proximal step counts are joined."""
     from matplotlib.ticker import NullFormatter
 
-    joined = [row for row in rows if row["solver"].startswith("prox") and row.get("error")]
+    joined = [row for row in rows if row["solver"].startswith("prox_euler") and row.get("error")]
     fixed = [row for row in joined if "steps" in row["solver"]]
     axes.loglog([row["evaluations"] for row in fixed], [row["error"] for row in fixed], color="tab:red", alpha=0.5)
     for row in rows:
@@ -137,5 +137,5 @@ def show_work(axes: Any, rows: list[dict[str, Any]], problem: Any) -> None:
                 whole[1] += math.ceil(0.06 * len(stopped) * (whole[1] - whole[0]))
             axis.set_view_interval(10.0 ** whole[0], 10.0 ** whole[1], ignore=True)
     axes.set_xlabel("evaluations of f", fontsize=8)
-    axes.set_title(f"error{f' ({problem.unit})' if problem.unit else ', relative'}; red: prox_euler", fontsize=9)
+    axes.set_title(f"error{f' ({problem.unit})' if problem.unit else ', relative'}; red: proximal", fontsize=9)
     axes.grid(alpha=0.3)

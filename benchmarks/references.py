@@ -21,10 +21,13 @@ LARGEST = 300_000  # bytes of a stored file
 
 @dataclass(frozen=True)
 class Reference:
-    """A solution `y` `(rows, columns)`, float64, read from integers times `quantum`; the `facts` of its making."""
+    """A solution `y` `(rows, columns)`, float64; the `facts` of its making.
+
+    Large ones are read from integers times `quantum`; None: stored as they are, for components of very different size.
+    """
 
     y: Tensor
-    quantum: float
+    quantum: float | None
     facts: dict[str, Any]
 
     def belongs_to(self, start: Tensor) -> bool:
@@ -53,11 +56,12 @@ def unpack(packed: np.ndarray, quantum: float) -> np.ndarray:
     return steps * quantum
 
 
-def store(name: str, y: np.ndarray, quantum: float, start: Tensor, facts: dict[str, Any]) -> Path:
-    """Write `y` `(rows, columns)`; raises BenchmarkError above 300 kB. `quantum`: about one float32 ulp of y."""
+def store(name: str, y: np.ndarray, quantum: float | None, start: Tensor, facts: dict[str, Any]) -> Path:
+    """Write `y` `(rows, columns)`; raises BenchmarkError above 300 kB. `quantum`: about one float32 ulp of y, or None."""
     path = FOLDER / f"{name}.npz"
     facts = {**facts, "start": fingerprint(start), "quantum": quantum}
-    np.savez_compressed(path, packed=_smallest(pack(y, quantum)), facts=np.array(json.dumps(facts)))
+    packed = y if quantum is None else _smallest(pack(y, quantum))
+    np.savez_compressed(path, packed=packed, facts=np.array(json.dumps(facts)))
     if path.stat().st_size > LARGEST:
         raise BenchmarkError(f"{path.name} has {path.stat().st_size} bytes, more than {LARGEST}; store with a larger quantum")
     return path
@@ -76,4 +80,5 @@ def load(name: str) -> Reference | None:
         return None
     with np.load(path) as stored:
         facts = json.loads(str(stored["facts"]))
-        return Reference(torch.from_numpy(unpack(stored["packed"], facts["quantum"])), facts["quantum"], facts)
+        packed, quantum = stored["packed"], facts["quantum"]
+        return Reference(torch.from_numpy(packed if quantum is None else unpack(packed, quantum)), quantum, facts)

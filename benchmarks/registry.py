@@ -160,7 +160,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A registered benchmark: `run` measures, `draw` makes its picture from the result."""
+    """A registered benchmark: `run` measures, `draw` makes its picture from the result; `problems` it can choose from."""
 
     name: str
     summary: str
@@ -170,6 +170,7 @@ class Benchmark:
     draw: Callable[[Result, Path], None]
     takes_peers: bool = True
     options: tuple[Option, ...] = ()
+    problems: Registry[Any] | None = None
 
 
 BENCHMARKS: Registry[Benchmark] = Registry("benchmark")

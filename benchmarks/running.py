@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,14 +53,18 @@ class TimedField:
 
 @dataclass(frozen=True)
 class Ours:
-    """One of our methods: fixed step with `steps`, or by tolerance for None; its label is `name` or `name@steps`."""
+    """One of our methods: fixed step with `steps`, or by tolerance for None; `options` of solve, which `variant` names."""
 
     method: str
     steps: int | None = None
+    variant: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
-        return self.method if self.steps is None else f"{self.method}, {self.steps} steps"
+        return ", ".join(
+            [self.method, *([self.variant] if self.variant else []), *([] if self.steps is None else [f"{self.steps} steps"])]
+        )
 
 
 def adaptive_explicit() -> list[str]:
@@ -74,7 +79,7 @@ def solve_ours(problem: DiffusionProblem, ours: Ours, deadline: Deadline) -> Out
     """Solve `problem` by one of our methods; the observer stops it when the deadline is over."""
     from solvers import Status, solve
 
-    options: dict[str, Any] = {} if ours.steps is None else {"num_steps": ours.steps}
+    options: dict[str, Any] = {**ours.options} if ours.steps is None else {"num_steps": ours.steps, **ours.options}
     deadline.start()
     times = torch.tensor(problem.times, dtype=torch.float64, device=problem.y0.device)
     with torch.no_grad():
@@ -83,15 +88,14 @@ def solve_ours(problem: DiffusionProblem, ours: Ours, deadline: Deadline) -> Out
             problem.y0,
             times,
             method=ours.method,
-            rtol=problem.rtol,
-            atol=problem.atol,
             throw=False,
             max_steps=10**7,
             observer=lambda step: deadline.over(),
-            **options,
+            **{"rtol": problem.rtol, "atol": problem.atol, **options},
         )
     stats, status = solution.stats, Status(int(solution.status))
     stopped = float(solution.last.t) if status == Status.STOPPED else None
     failed = None if status in (Status.SUCCESS, Status.STOPPED) else status.name.lower().replace("_", " ")
     whole = status == Status.SUCCESS
-    return Outcome(solution.y[1:] if whole else None, int(stats.nfe), int(stats.accepted), int(stats.rejected), stopped, failed)
+    work = int(stats.nfe) + int(stats.njvp) + int(stats.nvjp)
+    return Outcome(solution.y[1:] if whole else None, work, int(stats.accepted), int(stats.rejected), stopped, failed)

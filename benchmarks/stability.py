@@ -44,9 +44,17 @@ KNOWN: dict[str, tuple[float | None, float | None]] = {
     "tsit5": (3.5068469938, None),
     "dopri8": (5.1666336200, None),
     "dop853": (6.3936515228, 5.9603598),
-    "prox_euler": (math.inf, math.inf),
-    "prox_cn": (math.inf, math.inf),
-    "prox_bdf2": (math.inf, math.inf),
+    # A-stable implicit methods (Hairer & Wanner II, IV.3 and IV.5; Kennedy & Carpenter 2019 for esdirk547).
+    **dict.fromkeys(
+        (
+            *("implicit_euler", "implicit_midpoint", "trapezoid", "sdirk2", "trbdf2"),
+            *("radauIIA3", "radauIIA5", "gl4", "gl6", "esdirk547"),
+        ),
+        (math.inf, math.inf),
+    ),
+    **dict.fromkeys(("prox_euler", "prox_cn", "prox_bdf2"), (math.inf, math.inf)),
+    # A(86) and A(73) stable (Hairer & Wanner II, V.2); the multi-stage ones and those of many stages on the real axis.
+    **dict.fromkeys(("prox_bdf3", "prox_bdf4", "prox_multistage2", "prox_multistage3", "rkc2", "rock4"), (math.inf, None)),
     # Adams-Bashforth k: 2 / sum_j |b_j| (Hairer & Wanner II, V.1); imaginary: the orders whose locus encloses a part.
     "explicit_adams, order 1": (2, 0),
     "explicit_adams, order 2": (1, 0),

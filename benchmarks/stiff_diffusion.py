@@ -27,6 +27,8 @@ REPEATS = 3
 SLACK = 5.0  # s that must be left of a problem's share for a solver to be timed again
 ENOUGH = 0.7  # s after which a solver is not timed again
 FEW = ("dopri5", "bosh3", "adaptive_heun")
+STIFF = ("prox_bdf", "rkc2", "prox_bdf2", "prox_cn")
+"""Beside ``prox_euler``, which has all step counts of a problem; these have two, where they do not choose their steps."""
 
 COLUMNS = [
     Column("solver", "solver"),
@@ -50,14 +52,14 @@ def methods_for(problem: DiffusionProblem, settings: Settings) -> list[Ours]:
     explicit = list(FEW)
     if problem.name.startswith("terrain") and not settings.quick:
         explicit += [name for name in adaptive_explicit() if name not in FEW]
-    names = settings.methods if settings.methods is not None else ("prox_euler", *explicit)
+    names = settings.methods if settings.methods is not None else ("prox_euler", *STIFF, *explicit)
     chosen: list[Ours] = []
     for name in names:
         if name not in METHODS:
             raise unknown("method", name, METHODS)
         adaptive = METHODS[name].error_order is not None
-        fixed = METHODS[name].implicit or not adaptive
-        steps = problem.steps[::2] if settings.quick else problem.steps
+        fixed = (METHODS[name].implicit and not METHODS[name].variable_order) or not adaptive
+        steps = problem.steps[::2] if settings.quick or name in STIFF else problem.steps
         chosen += [Ours(name, count) for count in steps] if fixed else []
         chosen += [Ours(name)] if adaptive else []
     return chosen

@@ -37,18 +37,19 @@ class OutOfTime(Exception):
 
 
 class Deadline:
-    """A budget of `seconds` of wall time, counted from `start()`."""
+    """A budget of `seconds` of wall time, or of another `clock`'s, counted from `start()`."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds = seconds
+        self.clock = clock
         self.end = float("inf")
 
     def start(self) -> Deadline:
-        self.end = time.perf_counter() + self.seconds
+        self.end = self.clock() + self.seconds
         return self
 
     def over(self) -> bool:
-        return time.perf_counter() > self.end
+        return self.clock() > self.end
 
 
 @dataclass(frozen=True)

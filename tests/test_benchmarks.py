@@ -301,5 +301,8 @@ def test_known_real_limits_of_runge_kutta_are_roots_of_its_stability_polynomial(
             return abs(1 + z * np.array(b) @ np.linalg.solve(np.eye(len(b)) - z * matrix, np.ones(len(b))))
 
         limit = KNOWN[name][0]
+        if limit == float("inf"):
+            assert max(map(factor, -np.logspace(-3, 8, 200))) <= 1 + 1e-12, name
+            continue
         assert factor(-limit) == pytest.approx(1, abs=1e-6), name
         assert factor(-limit * 1.001) > 1 and max(map(factor, np.linspace(-0.999 * limit, -0.01, 200))) < 1, name
