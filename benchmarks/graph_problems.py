@@ -40,15 +40,16 @@ class GraphProblem:
     calls: int = 1
 
 
-def citation_data(name: str) -> NodeData:
-    """The largest component of a Planetoid data set, without loops, from the folder that PROXODE_DATA names."""
+def citation_data(name: str, component: bool = True) -> NodeData:
+    """The largest component of a Planetoid data set (or all of it), without loops, from the folder that PROXODE_DATA names."""
     folder = os.environ.get(DATA)
     if folder is None:
         raise BenchmarkError(f"set {DATA} to the folder that holds {name}/{name}_planetoid.npz, or the original files: {WHERE}")
     try:
-        return read_planetoid(folder, name).largest_component()
+        whole = read_planetoid(folder, name)
     except MissingDataError as error:
         raise BenchmarkError(f"{name} is not there: {error}; {DATA} names another folder") from error
+    return whole.largest_component() if component else whole
 
 
 def citation(name: str) -> Graph:

@@ -19,16 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from . import segment
-from .attention import SCORES, Attention
+from .attention import SCORES, Attention, normalise
 from .autograd import hidden
 from .calculus import check_nodes, check_square
 from .errors import ArgumentError, ArgumentTypeError, unknown_name
 from .graph import Graph
+from .pattern import Segments
 from .rewire import threshold, transition
 from .segment import check_values, spmm, widened
 
 __all__ = [
+    "ATTENTIONS",
     "PENALTIES",
+    "ClusterAttention",
     "EarlyStopping",
     "EdgeAttention",
     "LinearDiffusion",
@@ -45,6 +48,13 @@ EdgeWeights = Callable[[Graph, Tensor], Tensor]
 
 
 # --- A ---------------------------------------------------------------------------------------------------------------
+
+
+def divided(dim: int, heads: int) -> tuple[int, int]:
+    """Heads, and features of each; raises ``ArgumentError``."""
+    if not (isinstance(heads, int) and isinstance(dim, int) and heads > 0 and dim > 0 and dim % heads == 0):
+        raise ArgumentError(f"heads = {heads!r} must divide the dimension of attention, {dim!r}")
+    return heads, dim // heads
 
 
 class EdgeAttention(nn.Module):
@@ -80,9 +90,7 @@ class EdgeAttention(nn.Module):
         if kind not in SCORES:
             raise unknown_name("attention", kind, SCORES)
         dim = channels if dim is None else dim
-        if not (isinstance(heads, int) and isinstance(dim, int) and heads > 0 and dim > 0 and dim % heads == 0):
-            raise ArgumentError(f"heads = {heads!r} must divide the dimension of attention, {dim!r}")
-        self.kind, self.heads, self.width = kind, heads, dim // heads
+        self.kind, (self.heads, self.width) = kind, divided(dim, heads)
         self.attention = Attention(kind, scale, normaliser, over, reweight)
         if kind == "additive":
             self.project = nn.Linear(channels, dim, bias=False)
@@ -112,6 +120,70 @@ class EdgeAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.kind}, heads={self.heads}, normaliser={self.attention.normaliser}, over={self.attention.over}"
+
+
+class ClusterAttention(nn.Module):
+    """A_ij as attention between the clusters that i and j are in, ``(graph, (n, channels)) -> (E,)``: "dorsey" of GRAND's code.
+
+    Nodes are put into ``clusters`` groups by ``iterations`` of k-means, from the first ``clusters`` nodes on (as many as there
+    are); a table of softmax_b(<q_a, k_b> / sqrt(d_k)) of the groups' means a, b has the scores of the edges, which are then
+    normalised. Who is in which group is a constant to the gradient. ``dim``, ``heads`` and what follows are of
+    ``EdgeAttention``. Matrices start as Glorot & Bengio 2010.
+
+    Raises ``ArgumentError`` for heads that do not divide ``dim``, and numbers of clusters or iterations below 1.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        clusters: int = 10,
+        dim: int | None = None,
+        heads: int = 4,
+        *,
+        iterations: int = 10,
+        normaliser: str = "softmax",
+        over: str = "incoming",
+    ) -> None:
+        super().__init__()
+        self.heads, self.width = divided(channels if dim is None else dim, heads)
+        for name, value in (("clusters", clusters), ("iterations", iterations)):
+            if not isinstance(value, int) or value < 1:
+                raise ArgumentError(f"{name} = {value!r}: a whole number from 1 on")
+        self.clusters, self.iterations, self.normaliser, self.over = clusters, iterations, normaliser, over
+        Attention("dot_product", None, normaliser, over)  # names that are wrong are refused now
+        self.query, self.key = (nn.Linear(channels, self.heads * self.width, bias=False) for _ in range(2))
+        for linear in (self.query, self.key):
+            nn.init.xavier_uniform_(linear.weight)
+
+    @torch.no_grad()
+    def groups(self, x: Tensor) -> Segments:
+        """Nodes by group; a group that loses all its nodes stays where it was."""
+        centres = x[: self.clusters]
+        for _ in range(self.iterations):
+            groups = Segments(torch.cdist(x, centres).argmin(1), len(centres))
+            centres = torch.where((groups.counts > 0)[:, None], segment.mean(groups, x), centres)
+        return groups
+
+    def forward(self, graph: Graph, x: Tensor) -> Tensor:
+        """Weights of the edges, in their order."""
+        check_values(x, graph.num_sources, graph.device, "x", "nodes")
+        groups = self.groups(x.detach())
+        means = segment.mean(groups, x)
+        q, k = (part(means).unflatten(1, (self.heads, self.width)).transpose(0, 1) for part in (self.query, self.key))
+        table = (q @ k.mT / math.sqrt(self.width)).softmax(2).permute(1, 2, 0)
+        scores = table[groups.index[graph.target], groups.index[graph.source]]
+        return normalise(graph, scores, self.normaliser, self.over).mean(1)
+
+
+ATTENTIONS = (*SCORES, "dorsey")
+"""Names of attention that a layer knows."""
+
+
+def attention_named(kind: str, channels: int) -> nn.Module:
+    """An ``EdgeAttention`` or, for "dorsey", a ``ClusterAttention``; raises ``UnknownNameError``."""
+    if kind not in ATTENTIONS:
+        raise unknown_name("attention", kind, ATTENTIONS)
+    return ClusterAttention(channels) if kind == "dorsey" else EdgeAttention(channels, kind)
 
 
 @torch.no_grad()
@@ -227,14 +299,19 @@ class LinearDiffusion:
 
     @cached_property
     def rate(self) -> float | None:
-        """The greatest alpha, if A has no entry below 0, rows of sum 1, and no alpha is below 0; else None.
+        """The greatest alpha, if A has no entry below 0, rows or columns of sum 1, and no alpha is below 0; else None.
 
         exp(t alpha (A - I)) is then a matrix of probabilities, and uniformisation with this rate computes it.
         """
-        weight, rows = self.weight.detach(), self._sums[0]  # type: ignore[union-attr]
-        off = (rows - 1).abs() > 100 * torch.finfo(rows.dtype).eps
         least = float(self.alpha.detach().min()) if isinstance(self.alpha, Tensor) else self.alpha
-        return None if least < 0 or bool((weight < 0).any()) or bool(off.any()) else self._largest_alpha
+        return self._largest_alpha if least >= 0 and any(self._shares()) else None
+
+    def _shares(self) -> tuple[bool, bool]:
+        """Whether the rows of A, and its columns, are shares: not below 0 and of sum 1."""
+        if bool((self.weight.detach() < 0).any()):  # type: ignore[union-attr]
+            return False, False
+        off = [(sums - 1).abs() > 100 * torch.finfo(sums.dtype).eps for sums in self._sums]
+        return not bool(off[0].any()), not bool(off[1].any())
 
 
 def laplacian_diffusion(graph: Graph, alpha: float | Tensor = 1.0, source: Tensor | None = None) -> LinearDiffusion:
@@ -305,7 +382,7 @@ def stationary_distribution(graph: Graph, weight: Tensor | None = None, tol: flo
     each keeps the share of the nodes that it has. Raises ``ArgumentError`` where rows do not sum to 1 or it does not settle.
     """
     walk = LinearDiffusion(graph, weight, 0.5)
-    if walk.rate is None:
+    if not walk._shares()[0]:
         raise ArgumentError("weight must not be below 0 and must sum to 1 over the edges into each node")
     share = torch.full((graph.num_sources,), 1 / max(graph.num_sources, 1), dtype=torch.float64, device=graph.device)
     for _ in range(max_iters):

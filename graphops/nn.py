@@ -15,15 +15,16 @@ from solvers.nn import ODEBlock
 
 from .errors import ArgumentError, ArgumentTypeError, unknown_name
 from .fields import (
-    EdgeAttention,
     LinearDiffusion,
     NonlinearDiffusion,
     PenalisedField,
+    attention_named,
     laplacian_diffusion,
     rewired,
     trusted_source,
 )
 from .graph import Graph
+from .segment import spmm
 
 __all__ = ["FIELDS", "SOURCES", "GraphDiffusion"]
 
@@ -47,7 +48,7 @@ class GraphDiffusion(nn.Module):
             the edges whose attention exceeds ``rho`` at the start of each forward pass: in full-batch training that of an
             epoch), ``"laplacian"`` (no attention).
         method: of `solve`; None: ``"exp_linear"``, exact in time, for the first and last, else ``"dopri5"``.
-        attention: a name of ``attention.SCORES``, or an ``EdgeAttention`` (or any function of graph and state) of one's own.
+        attention: a name of ``fields.ATTENTIONS``, or an ``EdgeAttention`` (or any function of graph and state) of one's own.
         alpha: rate of the diffusion, learned as a sigmoid from 1/2: ``"scalar"``, ``"channel"``, or None: 1 throughout.
         source: None; ``"x0"``: beta x(0), beta learned from 0, x(0) a constant to the gradient as in GRAND's code, without which
             Cora is overfitted sooner; ``"printed"`` or ``"degree"``: beta times GRAND++'s ``trusted_source``, divided by
@@ -94,7 +95,7 @@ class GraphDiffusion(nn.Module):
         self.encoder, self.decoder = nn.Linear(in_channels, hidden_channels), nn.Linear(hidden_channels, out_channels)
         self.attention = None
         if field != "laplacian":
-            self.attention = EdgeAttention(hidden_channels, attention) if isinstance(attention, str) else attention
+            self.attention = attention_named(attention, hidden_channels) if isinstance(attention, str) else attention
         shape = (hidden_channels,) if alpha == "channel" else ()
         self.raw_alpha = None if alpha is None else nn.Parameter(torch.zeros(shape))
         self.beta = None if source is None else nn.Parameter(torch.tensor(SOURCES[source]))
@@ -147,8 +148,11 @@ class GraphDiffusion(nn.Module):
 
     # --- the three parts ---------------------------------------------------------------------------------------------
 
-    def encode(self, x: Tensor) -> Tensor:
-        """``(n, in_channels) -> (n, hidden_channels)``."""
+    def encode(self, x: Tensor | Graph) -> Tensor:
+        """``(n, in_channels) -> (n, hidden_channels)``; of a graph from features to nodes, at the cost of its edges."""
+        if isinstance(x, Graph):  # a product with a matrix whose zeros are left out; dropout leaves zeros what they are
+            weight = dropout(x.weight, self.input_dropout, self.training)  # type: ignore[arg-type]
+            return spmm(x, weight, self.encoder.weight.t()) + self.encoder.bias
         return self.encoder(dropout(x, self.input_dropout, self.training))
 
     def decode(self, z: Tensor) -> Tensor:
@@ -199,7 +203,8 @@ class GraphDiffusion(nn.Module):
         """``(n, in_channels) -> (n, out_channels)`` for ``edges``, an ``edge_index`` ``(2, E)`` or a ``Graph``.
 
         Or ``x`` alone: data with features ``x`` and a ``graph``, or an ``edge_index`` and, if there, ``edge_weight`` (PyG). The
-        graph may be another one at each call. ``trusted`` ``(n,)``: mask of the nodes of GRAND++'s source.
+        graph may be another one at each call. ``x`` may be a bipartite graph from features to nodes, such as
+        ``NodeData.features``: faster where most are 0. ``trusted`` ``(n,)``: mask of the nodes of GRAND++'s source.
 
         Raises ``ArgumentError`` without edges, without ``trusted`` where the source needs it, or for another number of nodes.
         """
@@ -210,10 +215,18 @@ class GraphDiffusion(nn.Module):
             data, x = x, x.x
             edges = data.graph if hasattr(data, "graph") else data.edge_index
             weight = None if hasattr(data, "graph") else getattr(data, "edge_weight", None)
-        if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != self.encoder.in_features:
-            found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ArgumentError(f"x must be features (n, {self.encoder.in_features}) of the nodes, not {found}")
+        self._check_features(x)
         return self.decode(self.diffuse(self.encode(x), edges, trusted, weight))
+
+    def _check_features(self, x: Any) -> None:
+        """Raise ``ArgumentError`` for what is no matrix of ``in_channels`` columns."""
+        sparse = isinstance(x, Graph)
+        shape = (x.num_targets, x.num_sources) if sparse else tuple(x.shape) if isinstance(x, Tensor) else ()
+        if len(shape) != 2 or shape[1] != self.encoder.in_features or (sparse and x.weight is None):
+            found = f"a graph from {shape[1]} features" if sparse else shape or type(x).__name__
+            raise ArgumentError(
+                f"x must be features (n, {self.encoder.in_features}) of the nodes, or a weighted graph from them, not {found}"
+            )
 
     def extra_repr(self) -> str:
         time = self.time if isinstance(self.time, (float, int)) else "learned"

@@ -24,7 +24,8 @@ class LinearField(Protocol):
         ``source(*args)``: b, a tree like the state, or broadcastable to it.
         ``rmatvec(y, *args)``: L^T y, the adjoint for complex states; else the derivative of ``matvec`` is taken.
         ``symmetric``: True where L^T = L.
-        ``rate``: number with which L + rate I has no negative entry and rows that sum to ``rate``, as for D^-1 W - I with 1.
+        ``rate``: number with which L + rate I has no negative entry and rows, or columns, that sum to ``rate``, as for D^-1 W - I
+            with 1.
         ``spectral_bound()``: a bound of |lambda| of L, number or ``(B,)``.
     """
 

@@ -303,7 +303,7 @@ class _Poisson:
     def extend(self, tau: Tensor, norm: Any, scale: Tensor, active: Any, method: ExpLinear) -> tuple[Any, Any]:
         """Add terms until those left out, which are no larger, sum up to less than the tolerance."""
         ops, x = self.layout.ops, (tau * self.rate).cpu()
-        largest = self.terms[0].detach().abs().max()
+        largest, mass = _sizes(self.terms[0])
         most = int(float(x.max()) + 10 * float(x.max()) ** 0.5 + 40)
         tails = poisson_tails(x, most)
         left = tails.flip(-1).cumsum(-1).flip(-1) / self.rate
@@ -317,10 +317,11 @@ class _Poisson:
             if not any_true(running):
                 break
             self.terms.append(torch.add(self.terms[-1], self.op.product(self.terms[-1]), alpha=1 / self.rate))
-        if float(self.terms[-1].detach().abs().max()) > 1.001 * float(largest):
+        last, rest = _sizes(self.terms[-1])
+        if last > 1.001 * largest and rest > 1.001 * mass:
             raise ArgumentError(
                 f"the field says rate={self.rate:g}, but the products with I + L / rate grow: its entries off the diagonal must "
-                "not be negative, and its rows sum to 0"
+                "not be negative, and its rows, or its columns, sum to 0"
             )
         self.used = used
         return error, error * 0.0 + 1.0
@@ -335,6 +336,12 @@ class _Poisson:
             weights = torch.where(torch.arange(count, device=x.device) < self.used.unsqueeze(-1), weights, 0.0)
         value = combine(self.layout, self.terms, weights)
         return y0 + value if derivative == 0 else value
+
+
+def _sizes(v: Tensor) -> tuple[float, float]:
+    """Maximum norm and 1-norm: the first of P v is no larger if the rows of P are shares, the second if its columns are."""
+    size = v.detach().abs()
+    return float(size.max()), float(size.sum(dtype=torch.float64))
 
 
 def _compare(op: FlatOperator, y0: Tensor, f0: Tensor) -> None:

@@ -1,0 +1,194 @@
+"""GRAND on Cora and CiteSeer: test accuracy of its variants and of GCN, GAT and GraphSAGE, beside what the paper prints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import grand_timing
+from .citation_models import GRAND, LAYERED, NORMS, TOLERANCES, VARIANTS
+from .citation_training import DATASETS, Job, Ledger, Run, campaign, protocol, spread
+from .published import PLANETOID, RANDOM
+from .registry import BENCHMARKS, Benchmark, BenchmarkError, Column, Option, Result, Settings, Table, unknown
+
+__all__ = ["OPTIONS", "jobs_of", "ledger_of", "listed", "positive", "run"]
+
+ACCURACY = [
+    Column("model", "model"),
+    Column("seeds", "seeds", "count"),
+    Column("mean", "test %", "number"),
+    Column("deviation", "±", "number"),
+    Column("printed", "published"),
+    Column("difference", "difference", "number"),
+    Column("bar", "bar", "number"),
+    Column("verdict", "verdict"),
+    Column("seconds", "CPU a run", "seconds"),
+    Column("status", "failed runs"),
+]
+SEEDS = [
+    Column("model", "model"),
+    Column("seed", "seed", "count"),
+    Column("test_accuracy", "test %", "number"),
+    Column("val_accuracy", "validation %", "number"),
+    Column("epoch", "at epoch", "count"),
+    Column("epochs", "of", "count"),
+    Column("nfe", "NFE", "number"),
+    Column("nfe_backward", "backwards", "number"),
+    Column("cpu_seconds", "CPU", "seconds"),
+    Column("status", "status"),
+]
+BARS = {
+    ("cora", "grand-l", "planetoid", "lcc"): 83.0,
+    ("cora", "grand-l", "random", "lcc"): 83.5,
+    ("cora", "grand-l", "planetoid", "full"): 82.3,
+    ("citeseer", "grand-l", "planetoid", "lcc"): 74.2,
+    ("citeseer", "grand-l", "planetoid", "full"): 72.3,
+    ("cora", "grand-nl", "planetoid", "lcc"): 81.8,
+}
+"""Least mean of test accuracies with attention over the sender."""
+EPOCHS = {"nl": 70, "nl-rw": 70}
+"""Of variants that cost more and are at their best early; else those of the recipe."""
+
+
+def positive(text: str) -> int:
+    """A number of things; raises ValueError."""
+    value = int(text)
+    if value < 1:
+        raise ValueError("must be 1 or more")
+    return value
+
+
+def listed(known: tuple[str, ...], text: str) -> tuple[str, ...]:
+    """A comma-separated list of known names; raises UnknownName."""
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    for name in found:
+        if name not in known:
+            raise unknown("model", name, known)
+    return found
+
+
+OPTIONS = (
+    Option("dataset", "cora or citeseer", "cora", choices=DATASETS),
+    Option("variant", "l, nl or nl-rw", "l", choices=tuple(VARIANTS)),
+    Option("graph", "lcc (the largest component) or full", "lcc", choices=("lcc", "full")),
+    Option("norm", "attention over the sender (col) or the receiver (row)", "col", choices=tuple(NORMS)),
+    Option("epochs", "instead of those of the recipe", None, positive),
+    Option("runs", "file of finished runs, which are not done again", None, Path),
+)
+OWN = (
+    Option("models", "other models to train as well, of gcn, gat, sage", (), lambda text: listed(tuple(LAYERED), text)),
+    Option("split", "planetoid or random", "planetoid", choices=("planetoid", "random")),
+    Option("seeds", "how many, from 0 on", 20, positive),
+    Option("against", "torchdiffeq: time an epoch instead of training", None, choices=("torchdiffeq",)),
+)
+
+
+def ledger_of(settings: Settings, name: str) -> Ledger:
+    """The file of finished runs; none under --quick."""
+    path = settings.options["runs"]
+    if settings.quick and path is None:
+        return Ledger(None)
+    return Ledger(path or Path(__file__).parent / "results" / f"{name}.runs.jsonl")
+
+
+def jobs_of(settings: Settings, model: str) -> list[Job]:
+    """A job for each seed of one model."""
+    options = settings.options
+    recipe = LAYERED[model] if model in LAYERED else GRAND[options["dataset"]]
+    epochs = options["epochs"] or EPOCHS.get(model.removeprefix("grand-"), recipe.epochs)
+    seeds = options["seeds"]
+    if settings.quick:
+        epochs, seeds = min(epochs, 3), min(seeds, 2)
+    chosen: dict[str, Any] = {}
+    if settings.methods and model not in LAYERED:
+        chosen = {"method": settings.methods[0], **TOLERANCES}
+    split, graph, norm = (options[name] for name in ("split", "graph", "norm"))
+    recipe = replace(recipe, epochs=epochs)
+    return [Job(options["dataset"], seed, model, graph, split, 20, norm, recipe, chosen) for seed in range(seeds)]
+
+
+def run(settings: Settings) -> Result:
+    """Train every model from every seed, or time an epoch against the same model on torchdiffeq."""
+    if settings.device != "cpu":
+        raise BenchmarkError("grand trains on the CPU, where its bars were measured; leave --device out")
+    torch.set_num_threads(1)
+    if settings.options["against"]:
+        return grand_timing.compare(settings)
+    ledger = ledger_of(settings, "grand")
+    jobs = {model: jobs_of(settings, model) for model in (f"grand-{settings.options['variant']}", *settings.options["models"])}
+    first = next(iter(jobs.values()))
+    print(protocol(first[0]))
+    found = {model: campaign(of_model, ledger) for model, of_model in jobs.items()}
+    accuracy = Table(f"test accuracy, {protocol(first[0])}", ACCURACY, [row(jobs[m], runs) for m, runs in found.items()])
+    accuracy.notes = [
+        f"attention over {'the sender, squareplus' if settings.options['norm'] == 'col' else 'the receiver, softmax'}",
+        "hyperparameters: of the authors' files and of the baselines' papers, listed in the JSON; test nodes chose nothing",
+        "test accuracy at the epoch of the best validation score; ± is the sample standard deviation over seeds",
+        "nodes without a label are in no part of the split",
+    ]
+    seeds = Table("every seed", SEEDS)
+    for model, runs in found.items():
+        seeds.rows += [{"model": model, "seed": job.seed, **asdict(run)} for job, run in zip(jobs[model], runs)]
+    data = {
+        "test_accuracy": {model: [run.test_accuracy for run in runs] for model, runs in found.items()},
+        "recipes": {model: asdict(of_model[0]) for model, of_model in jobs.items()},
+    }
+    return Result([accuracy, seeds], data)
+
+
+def row(jobs: list[Job], runs: list[Run]) -> dict[str, Any]:
+    """A line of the first table."""
+    job = jobs[0]
+    mean, deviation = spread(run.test_accuracy for run in runs)
+    printed = (PLANETOID if job.split == "planetoid" else RANDOM).get(job.model, {}).get(job.dataset)
+    bar = BARS.get((job.dataset, job.model, job.split, job.graph)) if job.norm == "col" else None
+    return {
+        "model": job.model,
+        "seeds": len(runs),
+        "mean": round(mean, 2),
+        "deviation": round(deviation, 2),
+        "printed": printed and f"{printed[0]} ± {printed[1]}",
+        "difference": printed and round(mean - printed[0], 2),
+        "bar": bar,
+        "verdict": None if bar is None else "met" if mean >= bar else "SHORT",
+        "seconds": spread(run.cpu_seconds for run in runs)[0],
+        "status": f"{sum(run.status != 'done' for run in runs)} of {len(runs)}",
+    }
+
+
+def draw(result: Result, path: Path) -> None:
+    """Every seed as a dot, the mean, and what is printed."""
+    if "against" in result.data:
+        grand_timing.draw(result, path)
+        return
+    from .pictures import figure, save
+
+    found = result.data["test_accuracy"]
+    drawn, axes = figure(figsize=(2 + 1.6 * len(found), 4))
+    for place, (values, line) in enumerate(zip(found.values(), result.tables[0].rows)):
+        axes.plot([place + 0.25 * (i / max(len(values) - 1, 1) - 0.5) for i in range(len(values))], values, "o", markersize=4)
+        axes.hlines(line["mean"], place - 0.25, place + 0.25, color="black")
+        if line["printed"]:
+            axes.hlines(float(line["printed"].split()[0]), place - 0.25, place + 0.25, color="tab:red", linestyles="--")
+    axes.set_xticks(range(len(found)), list(found))
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title("dots: seeds; black: mean; red: published", fontsize=9)
+    save(drawn, path)
+
+
+BENCHMARKS.add(
+    "grand",
+    Benchmark(
+        "grand",
+        "GRAND, GCN, GAT and GraphSAGE on Cora and CiteSeer: accuracy beside the published one",
+        "3 min (l), 30 min (nl)",
+        "10 s",
+        run,
+        draw,
+        takes_peers=False,
+        options=(*OPTIONS, *OWN),
+    ),
+)

@@ -1,0 +1,230 @@
+"""GRAND++ on Cora and CiteSeer: with a source and without, by depth T and by labels per class, on the same splits."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphops.nn import SOURCES
+
+from .citation_models import GRAND, TOLERANCES
+from .citation_training import Job, Run, campaign, protocol, spread
+from .grand import OPTIONS, ledger_of, positive
+from .published import DEPTH, LABELS, NONLINEAR_DEPTH, NONLINEAR_LABELS
+from .registry import BENCHMARKS, Benchmark, BenchmarkError, Column, Option, Result, Settings, Table
+
+__all__ = ["Cell", "cells_of", "paired", "run"]
+
+COLUMNS = [
+    Column("cell", "T, labels"),
+    Column("plain", "GRAND, %"),
+    Column("plain_printed", "published"),
+    Column("plain_difference", "diff.", "number"),
+    Column("sourced", "GRAND++, %"),
+    Column("sourced_printed", "published"),
+    Column("sourced_difference", "diff.", "number"),
+    Column("gain", "gain"),
+    Column("printed_gain", "published", "number"),
+    Column("wins", "wins"),
+    Column("p", "p", "error"),
+    Column("nfe", "NFE; backwards"),
+    Column("status", "status"),
+    Column("verdict", "bar"),
+]
+RUNS = [
+    Column("cell", "T, labels"),
+    Column("model", "model"),
+    Column("seed", "split", "count"),
+    Column("test_accuracy", "test %", "number"),
+    Column("val_accuracy", "validation %", "number"),
+    Column("epoch", "at epoch", "count"),
+    Column("nfe", "NFE", "number"),
+    Column("nfe_backward", "backwards", "number"),
+    Column("cpu_seconds", "CPU", "seconds"),
+    Column("status", "status"),
+]
+TIMES = (1.0, 4.0, 16.0, 32.0, 64.0, 128.0, 256.0)
+RATES = (1, 2, 5, 10, 20)
+EPOCHS = {"l": 80, "nl": 30, "nl-rw": 30}
+SPLITS = {"l": 3, "nl": 2, "nl-rw": 2}
+FEW_TIMES = {"l": TIMES, "nl": TIMES[:4], "nl-rw": TIMES[:4]}
+PATIENCE = 30
+BARS = {(18.294754260552843, 5): (1.0, 0.0), (128.0, 20): (2.0, 79.5)}
+"""By T and labels, of GRAND-l with beta x(0) on Cora: least gain, and least accuracy with the source."""
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Positive numbers, comma-separated; raises ValueError."""
+    found = tuple(float(part) for part in text.split(",") if part.strip())
+    if not found or min(found) <= 0:
+        raise ValueError("must be numbers above 0, separated by commas")
+    return found
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Whole numbers from 1, comma-separated; raises ValueError."""
+    return tuple(positive(part) for part in text.split(",") if part.strip())
+
+
+OWN = (
+    Option("source", "x0 (beta x(0)), degree or printed (the trusted nodes')", "x0", choices=tuple(SOURCES)),
+    Option("times", "depths T, with 20 labels per class, in place of 1, 4, ..., 256", None, numbers),
+    Option("labels", "labels per class, at the recipe's T, in place of 1, 2, 5, 10, 20", None, counts),
+    Option("splits", "random splits, from 0 on", None, positive),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of the tables: T and labels per class."""
+
+    time: float
+    labels: int
+
+    @property
+    def name(self) -> str:
+        return f"T = {self.time:.4g}, {self.labels}"
+
+
+def cells_of(settings: Settings) -> list[Cell]:
+    """By depth, then by labels, none twice."""
+    options, quick, full = settings.options, settings.quick, settings.full
+    usual = TIMES if full else FEW_TIMES[options["variant"]]
+    times, rates = options["times"], options["labels"]
+    if times is None:
+        times = () if rates else (1.0,) if quick else usual
+    if rates is None:
+        rates = () if options["times"] else (5,) if quick else RATES
+    recipe_time = GRAND[options["dataset"]].time
+    cells = [Cell(time, 20) for time in times] + [Cell(recipe_time, n) for n in rates]  # type: ignore[arg-type]
+    return list(dict.fromkeys(cells))
+
+
+def jobs_of(settings: Settings, cell: Cell, source: str | None) -> list[Job]:
+    """A job for each split of a cell."""
+    options = settings.options
+    variant = options["variant"]
+    splits = options["splits"] or (1 if settings.quick else 20 if settings.full else SPLITS[variant])
+    epochs = options["epochs"] or (2 if settings.quick else EPOCHS[variant])
+    recipe = replace(GRAND[options["dataset"]], time=cell.time, epochs=epochs, patience=PATIENCE)
+    chosen: dict[str, Any] = {"source": source}
+    if settings.methods:
+        chosen |= {"method": settings.methods[0], **TOLERANCES}
+    elif variant == "l" and cell.time > 100:
+        chosen["krylov_dim"] = 200  # uniformisation in one step; it needs no more products than it uses
+    common = (f"grand-{variant}", options["graph"], "random", cell.labels, options["norm"], recipe, chosen)
+    return [Job(options["dataset"], seed, *common) for seed in range(splits)]
+
+
+def printed(variant: str, dataset: str, cell: Cell, plus: bool) -> Any:
+    """What the thesis prints for a cell: a pair, "failed" where its solver did, or None."""
+    name = f"grand{'++' if plus else ''}-{variant} {dataset}"
+    depths, labels = (DEPTH, LABELS) if variant == "l" else (NONLINEAR_DEPTH, NONLINEAR_LABELS)
+    if cell.time == GRAND[dataset].time:
+        return labels.get(name, {}).get(cell.labels)
+    known = depths.get(name, {})
+    if cell.time in known:
+        return known[int(cell.time)] or "failed"
+    return "failed" if known and cell.time > max(known) else None
+
+
+def paired(plain: list[float], sourced: list[float]) -> tuple[float, float, int, float | None]:
+    """Mean and standard deviation of the gain on the same splits, how often it is above 0, and p of a two-sided t-test."""
+    from scipy.stats import ttest_rel
+
+    gains = [after - before for before, after in zip(plain, sourced)]
+    p = float(ttest_rel(sourced, plain).pvalue) if len(set(gains)) > 1 else None
+    return *spread(gains), sum(gain > 0 for gain in gains), p
+
+
+def run(settings: Settings) -> Result:
+    """Both models in every cell, on the same splits from the same start."""
+    if settings.device != "cpu":
+        raise BenchmarkError("grand-pp trains on the CPU; leave --device out")
+    torch.set_num_threads(1)
+    options, ledger = settings.options, ledger_of(settings, "grand-pp")
+    variant, dataset, source = options["variant"], options["dataset"], options["source"]
+    cells = cells_of(settings)
+    print(protocol(jobs_of(settings, cells[0], None)[0]))
+    table = Table(f"GRAND-{variant} and GRAND++-{variant} ({source}) on {dataset}", COLUMNS)
+    every = Table("every run", RUNS)
+    for cell in cells:
+        jobs = {source: jobs_of(settings, cell, source) for source in (None, source)}
+        runs = {source: campaign(of_source, ledger) for source, of_source in jobs.items()}
+        table.rows.append(row(settings, cell, runs[None], runs[source]))
+        for name, model in ((None, f"grand-{variant}"), (source, f"grand++-{variant}")):
+            found = zip(jobs[name], runs[name])
+            every.rows += [{"cell": cell.name, "model": model, "seed": job.seed, **asdict(run)} for job, run in found]
+    end = "sender" if options["norm"] == "col" else "receiver"
+    table.notes = [
+        f"{protocol(jobs_of(settings, cells[0], None)[0])}; attention over the {end}",
+        "± is the sample standard deviation over splits; gain, wins and p (paired t-test, two-sided) are of the same splits",
+        f"at the epoch of the best validation score, until {PATIENCE} epochs bring no better one; published: Xia 2023, chapter 4",
+        "failed: the thesis has no number because its solver did not finish; here status says how ours ended",
+    ]
+    return Result([table, every], {"recipe": asdict(jobs_of(settings, cells[0], source)[0])})
+
+
+def row(settings: Settings, cell: Cell, plain: list[Run], sourced: list[Run]) -> dict[str, Any]:
+    """A line of the table."""
+    variant, dataset, source = (settings.options[name] for name in ("variant", "dataset", "source"))
+    line: dict[str, Any] = {"cell": cell.name}
+    means = {}
+    for name, runs, plus in (("plain", plain, False), ("sourced", sourced, True)):
+        mean, deviation = spread(run.test_accuracy for run in runs)
+        told = means[name] = printed(variant, dataset, cell, plus)
+        line[name] = f"{mean:.2f} ± {deviation:.2f}"
+        line[f"{name}_printed"] = told if told is None or told == "failed" else f"{told[0]} ± {told[1]}"
+        line[f"{name}_difference"] = None if told is None or told == "failed" else round(mean - told[0], 2)
+    gain, deviation, wins, p = paired([r.test_accuracy for r in plain], [r.test_accuracy for r in sourced])
+    failed = [r.status for r in (*plain, *sourced) if r.status != "done"]
+    line |= {
+        "gain": f"{gain:+.2f} ± {deviation:.2f}",
+        "wins": f"{wins} of {len(plain)}",
+        "p": p,
+        "status": failed[0] if failed else "done",
+        "nfe": "; ".join("-" if n is None else f"{n:g}" for n in (sourced[0].nfe, sourced[0].nfe_backward)),
+    }
+    if all(isinstance(told, tuple) for told in means.values()):
+        line["printed_gain"] = round(means["sourced"][0] - means["plain"][0], 2)
+    bar = BARS.get((cell.time, cell.labels)) if (variant, dataset, source) == ("l", "cora", "x0") else None
+    if bar is not None:
+        met = gain >= bar[0] and spread(r.test_accuracy for r in sourced)[0] >= bar[1]
+        line["verdict"] = f"gain >= {bar[0]:g}{f', >= {bar[1]:g} %' if bar[1] else ''}: {'met' if met else 'SHORT'}"
+    return line
+
+
+def draw(result: Result, path: Path) -> None:
+    """Mean accuracy of both by cell, with what is printed."""
+    from .pictures import figure, save
+
+    rows = result.tables[0].rows
+    drawn, axes = figure(figsize=(1.5 + 0.9 * len(rows), 4.2))
+    for key, colour, label in (("plain", "tab:gray", "GRAND"), ("sourced", "tab:green", "GRAND++")):
+        axes.plot([float(line[key].split()[0]) for line in rows], "o", color=colour, label=label)
+        told = [line[f"{key}_printed"] for line in rows]
+        places = [place for place, text in enumerate(told) if text and text != "failed"]
+        published = [float(told[place].split()[0]) for place in places]
+        axes.plot(places, published, "_", color=colour, markersize=18, label=f"{label}, published")
+    axes.set_xticks(range(len(rows)), [line["cell"] for line in rows], rotation=45, ha="right", fontsize=8)
+    axes.set_ylabel("test accuracy, %")
+    axes.legend(fontsize=8)
+    save(drawn, path)
+
+
+BENCHMARKS.add(
+    "grand-pp",
+    Benchmark(
+        "grand-pp",
+        "GRAND++ against GRAND by depth and labels per class, paired splits, every cell of the thesis' tables",
+        "15 min",
+        "10 s",
+        run,
+        draw,
+        takes_peers=False,
+        options=(*(replace(o, default="row") if o.name == "norm" else o for o in OPTIONS), *OWN),
+    ),
+)
