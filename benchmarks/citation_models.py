@@ -22,13 +22,13 @@ from graphops.rewire import PageRank, gdc, transition
 
 from .registry import BenchmarkError
 
-__all__ = ["GRAND", "LAYERED", "NORMS", "TOLERANCES", "VARIANTS", "Layered", "Recipe", "grand_model", "graph_for", "layered_model"]
+__all__ = ["GRAND", "LAYERED", "NORMS", "TOLERANCES", "VARIANTS", "Layered", "Recipe", "grand_model", "graph_for", "layered"]
 
 TOLERANCES = {"rtol": 8.22e-7, "atol": 8.22e-5}
 """Those of the published file for Cora, tol_scale 822."""
 RHO, NEIGHBOURS = 0.02, 16
-"""GRAND-nl-rw: the densified graph keeps so many edges into each node (GRAND Fig. 3: no loss from 8 on), and an epoch those whose
-attention is above RHO, a third of what it is at the start."""
+"""GRAND-nl-rw: the densified graph keeps so many edges into each node (GRAND Fig. 3: no loss from 8 on), and an epoch
+those of attention above RHO, a third of what it is at the start."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def grand_model(data: NodeData, recipe: Recipe, variant: str = "l", norm: str = 
     dim, time = recipe.attention_dim, recipe.time
     if dim is None or time is None:
         raise BenchmarkError("this recipe has no attention_dim and time: it is one for layers")
-    attention = EdgeAttention(recipe.hidden, dim=dim, heads=recipe.heads, **NORMS[norm])  # type: ignore[arg-type]
+    attention = EdgeAttention(recipe.hidden, dim=dim, heads=recipe.heads, **NORMS[norm])
     chosen: dict[str, Any] = {**VARIANTS[variant], **TOLERANCES, "source": "x0", "max_steps": 10_000, **options}
     return GraphDiffusion(
         data.features.num_sources,
@@ -182,7 +182,7 @@ class Layered(nn.Module):
         return self.states(features, graph)[-1]
 
 
-def layered_model(kind: str, data: NodeData, recipe: Recipe, residual: bool = False) -> tuple[Layered, Graph]:
+def layered(kind: str, data: NodeData, recipe: Recipe, residual: bool = False) -> tuple[Layered, Graph]:
     """The model, and the graph that it wants: with loops and a GCN's weights, with loops, or as it is."""
     graphs: dict[str, Callable[[], Graph]] = {
         "gcn": lambda: transition(data.graph.sort()),

@@ -22,7 +22,7 @@ from graphops.data import NodeData, Split, random_split
 from graphops.nn import GraphDiffusion
 from solvers import SolveError, Stats
 
-from .citation_models import GRAND, LAYERED, Recipe, grand_model, graph_for, layered_model
+from .citation_models import GRAND, LAYERED, Recipe, grand_model, graph_for, layered
 from .graph_problems import citation_data
 from .registry import BenchmarkError
 
@@ -116,7 +116,7 @@ def built(job: Job, data: NodeData) -> tuple[nn.Module, Graph]:
     """The model of a job from its seed, and the graph for it."""
     torch.manual_seed(job.seed)
     if job.model in LAYERED:
-        return layered_model(job.model, data, job.recipe, **job.options)
+        return layered(job.model, data, job.recipe, **job.options)
     variant = job.model.partition("-")[2]
     return grand_model(data, job.recipe, variant, job.norm, **job.options), diffusion_graph(job.dataset, job.graph, variant)
 
@@ -125,7 +125,7 @@ def built(job: Job, data: NodeData) -> tuple[nn.Module, Graph]:
 class Training:
     """Data, model and optimiser between two epochs."""
 
-    data: NodeData
+    data: Any
     split: Split
     graph: Graph
     model: Any
@@ -139,7 +139,7 @@ class Training:
         self.model.train()
         self.optimiser.zero_grad()
         train = self.split.train
-        loss = cross_entropy(self.output()[train], self.data.y[train])  # type: ignore[index]
+        loss = cross_entropy(self.output()[train], self.data.y[train])
         if not bool(loss.isfinite()):
             raise BenchmarkError("the loss is not finite")
         loss.backward()
@@ -172,7 +172,8 @@ def trained(job: Job, tick: Callable[[], Any] = lambda: None) -> tuple[Run, Trai
     """One training, and the model as its last epoch left it; a solve that fails ends it and is told in `status`."""
     training = training_for(job)
     wall, cpu = time.perf_counter(), time.process_time()
-    val = test = best = epoch = 0
+    val = test = 0.0
+    best = epoch = 0
     status, work = "done", []
     for epoch in range(1, job.recipe.epochs + 1):
         try:
@@ -186,12 +187,18 @@ def trained(job: Job, tick: Callable[[], Any] = lambda: None) -> tuple[Run, Trai
             (val, test), best = scores, epoch
         elif job.recipe.patience is not None and epoch - best >= job.recipe.patience:
             break
-    forwards, backwards = ([n for n in column if n is not None] for column in zip(*work)) if work else ([], [])
+    seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
     counts = {name: int(mask.sum()) for name, mask in zip(("train", "val", "test"), training.split)}
-    counts |= {"nodes": training.data.graph.num_nodes, "edges": training.data.graph.num_edges // 2}
-    spent = time.perf_counter() - wall, time.process_time() - cpu
-    medians = (statistics.median(n) if n else None for n in (forwards, backwards))
-    return Run(test, val, best, epoch, status, *medians, *spent, smoothness(training), counts), training
+    counts |= {"nodes": training.data.graph.num_sources, "edges": training.data.graph.num_edges // 2}
+    nfe, backwards = (median_of([step[i] for step in work]) for i in (0, 1))
+    energy = smoothness(training)
+    return Run(test, val, best, epoch, status, nfe, backwards, seconds, cpu_seconds, energy, counts), training
+
+
+def median_of(values: list[int | None]) -> float | None:
+    """Of those that are there."""
+    found = [value for value in values if value is not None]
+    return statistics.median(found) if found else None
 
 
 @torch.no_grad()

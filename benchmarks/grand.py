@@ -76,7 +76,7 @@ OPTIONS = (
     Option("graph", "lcc (the largest component) or full", "lcc", choices=("lcc", "full")),
     Option("norm", "attention over the sender (col) or the receiver (row)", "col", choices=tuple(NORMS)),
     Option("epochs", "instead of those of the recipe", None, positive),
-    Option("runs", "file of finished runs, which are not done again", None, Path),
+    Option("runs", "file of finished runs, which are not done again", None),
 )
 OWN = (
     Option("models", "other models to train as well, of gcn, gat, sage", (), lambda text: listed(tuple(LAYERED), text)),
@@ -91,7 +91,7 @@ def ledger_of(settings: Settings, name: str) -> Ledger:
     path = settings.options["runs"]
     if settings.quick and path is None:
         return Ledger(None)
-    return Ledger(path or Path(__file__).parent / "results" / f"{name}.runs.jsonl")
+    return Ledger(Path(path) if path else Path(__file__).parent / "results" / f"{name}.runs.jsonl")
 
 
 def jobs_of(settings: Settings, model: str) -> list[Job]:

@@ -60,6 +60,7 @@ class Gathered(nn.Module):
 
     def __init__(self, model: GraphDiffusion, data: NodeData, norm: str) -> None:
         super().__init__()
+        self.model: Any
         self.model, self.data, self.norm = model, data, norm
         self.product = scattered_spmm if installed("torch_scatter") else gathered_spmm
         self.calls = 0
@@ -83,8 +84,8 @@ class Gathered(nn.Module):
         import torchdiffeq
 
         model, self.calls = self.model, 0
-        x = self.data.x
-        graph = model.graph_of(edges, len(x))  # type: ignore[arg-type]
+        x: Any = self.data.x
+        graph = model.graph_of(edges, len(x))
         z = model.encoder(dropout(x, model.input_dropout, self.training))
         alpha, source = torch.sigmoid(model.raw_alpha), model.beta * z.detach()
         fixed = self.weights(graph, z) if model.field == "linear" else None

@@ -93,7 +93,7 @@ class GraphDiffusion(nn.Module):
         self.input_dropout, self.dropout = input_dropout, dropout
         self.penalties, self.options = dict(penalties or {}), solve_options
         self.encoder, self.decoder = nn.Linear(in_channels, hidden_channels), nn.Linear(hidden_channels, out_channels)
-        self.attention = None
+        self.attention: Any = None
         if field != "laplacian":
             self.attention = attention_named(attention, hidden_channels) if isinstance(attention, str) else attention
         shape = (hidden_channels,) if alpha == "channel" else ()

@@ -11,6 +11,7 @@ from graphs import awkward, dense, random_graph
 import graphops as go
 from graphops.attention import SCORES
 from graphops.fields import (
+    ClusterAttention,
     EarlyStopping,
     EdgeAttention,
     LinearDiffusion,
@@ -80,7 +81,8 @@ def test_rate_says_when_uniformisation_is_allowed():
     assert LinearDiffusion(graph, rows, 0.7).rate == 0.7
     assert LinearDiffusion(graph, rows, torch.tensor([0.2, 0.9])).rate == pytest.approx(0.9)
     assert LinearDiffusion(graph, rows, torch.tensor([-0.2, 0.9])).rate is None
-    assert LinearDiffusion(graph, stochastic(graph, "outgoing")).rate is None
+    assert LinearDiffusion(graph, stochastic(graph, "outgoing"), 0.7).rate == 0.7  # shares of the sender: columns of sum 1
+    assert LinearDiffusion(graph, 0.9 * rows).rate is None
     assert LinearDiffusion(awkward(), stochastic(awkward())).rate is None  # a node without edges into it
     negative = rows.clone()
     negative[:2] = torch.tensor([-1.0, 1.0]) + negative[:2].sum() * torch.tensor([1.0, 0.0])
@@ -104,15 +106,16 @@ def test_exp_linear_is_the_matrix_exponential(over, source, alpha):
         torch.testing.assert_close(found[:, channel], expected[:24], rtol=1e-8, atol=1e-9)
 
 
-def test_gradients_of_the_linear_field():
+@pytest.mark.parametrize("over", ["incoming", "outgoing"])
+def test_gradients_of_the_linear_field(over):
     """To the entries of A, alpha, the source and x; also of exp_linear, where the rate counts as a constant."""
     graph = connected(4)
     weight = stochastic(graph).requires_grad_()
     alpha, b, x = (torch.rand(s, dtype=DOUBLE, requires_grad=True) for s in [(2,), (4, 2), (4, 2)])
 
     def end(weight, alpha, b, x):
-        rows = go.softmax(graph, weight)
-        return solve(LinearDiffusion(graph, rows, alpha, b), x, [0.0, 1.0], method="exp_linear", **TIGHT).y[-1]
+        shares = go.attention.normalise(graph, weight, over=over)
+        return solve(LinearDiffusion(graph, shares, alpha, b), x, [0.0, 1.0], method="exp_linear", **TIGHT).y[-1]
 
     assert torch.autograd.gradcheck(end, (weight, alpha, b, x))
     assert torch.autograd.gradgradcheck(
@@ -158,6 +161,37 @@ def test_the_start_is_near_uniform_attention():
     shares = EdgeAttention(3, dim=4, heads=2)(graph, torch.randn(24, 3))
     uniform = (1.0 / graph.degree())[graph.target]
     torch.testing.assert_close(shares, uniform, rtol=1e-3, atol=0.0)
+
+
+@pytest.mark.parametrize("over", ["incoming", "outgoing"])
+def test_cluster_attention_is_that_of_the_means_of_clusters(over):
+    """Two clouds far apart, six nodes of one and two of the other: every edge has the score of its clouds' means."""
+    graph, cloud = connected(8), torch.tensor([0, 1, 0, 0, 0, 1, 0, 0])
+    x = (torch.randn(8, 3, dtype=DOUBLE) + 40.0 * cloud[:, None]).requires_grad_()
+    module = ClusterAttention(3, clusters=2, dim=4, heads=2, over=over).double()
+    found = module(graph, x)
+    means = torch.stack([x[cloud == c].mean(0) for c in (0, 1)])
+    expected = torch.zeros(graph.num_edges, dtype=DOUBLE)
+    for q, k in zip(module.query(means).chunk(2, 1), module.key(means).chunk(2, 1)):
+        table = torch.softmax(q @ k.T / math.sqrt(2), 1)
+        scores = table[cloud[graph.target], cloud[graph.source]]
+        for node in range(8):
+            edges = (graph.target if over == "incoming" else graph.source) == node
+            expected[edges] += torch.softmax(scores[edges], 0) / 2
+    torch.testing.assert_close(found, expected)
+    assert set(module.groups(x.detach()).counts.tolist()) == {2, 6}
+    leaves = [x, module.query.weight]
+    for a, b in zip(*(torch.autograd.grad(w.square().sum(), leaves, retain_graph=True) for w in (found, expected))):
+        torch.testing.assert_close(a, b)
+    assert solve(NonlinearDiffusion(graph, module), x, [0.0, 1.0], method="rk4", num_steps=2).y.isfinite().all()
+    alike = torch.zeros(8, 3)
+    assert ClusterAttention(3, clusters=20, heads=1)(graph, alike).isfinite().all()  # more clusters than nodes, too
+
+
+@pytest.mark.parametrize("bad", [{"clusters": 0}, {"iterations": 0.5}, {"heads": 2}, {"normaliser": "softmin"}, {"over": "in"}])
+def test_options_of_cluster_attention(bad):
+    with pytest.raises(go.ArgumentError, match=next(iter(bad)) if "over" not in bad else "direction"):
+        ClusterAttention(3, **{"heads": 1, **bad})
 
 
 def test_rewiring_keeps_what_is_above_rho_and_loops():

@@ -261,6 +261,19 @@ def test_neighbour_loader():
         torch.testing.assert_close(layer(batch)[:4], layer(x, graph)[batch.n_id][:4], rtol=1e-5, atol=1e-6)
 
 
+def test_features_as_a_graph_are_their_matrix():
+    """Values, gradients, and in training the same zeros left out: dropout of a feature that is 0 is no matter."""
+    graph, x = graph_of(), features() * (features() > 0)
+    data, layer = NodeData(graph, x), layer_of(source="x0")
+    found, expected = (gradients(layer, layer(given, graph).square().sum()) for given in (data.features, x))
+    torch.testing.assert_close(found, expected)
+    dropping = layer_of(input_dropout=1.0).train()
+    torch.testing.assert_close(dropping.encode(data.features), dropping.encode(x))
+    for bad in (data.features.with_weight(None), data.features.reverse()):
+        with pytest.raises(go.ArgumentError, match="a graph from"):
+            layer(bad, graph)
+
+
 # --- as a module -----------------------------------------------------------------------------------------------------
 
 
