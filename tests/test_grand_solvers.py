@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import grand_solvers, grand_sparsity, grand_stepsize, grand_training, random_walk
+from benchmarks import grand_solvers, grand_sparsity, grand_stepsize, grand_training, image_diffusion, random_walk
 from benchmarks.grand_problems import GRAPHS, Model, sharpened
 from benchmarks.graph_problems import DATA, communities, community_of
-from benchmarks.registry import BENCHMARKS, discover
+from benchmarks.registry import BENCHMARKS, BenchmarkError, discover
 from graphops import Graph
 
 discover()
@@ -187,16 +189,65 @@ def test_grand_sparsity_command(extras, tmp_path):
     assert rows[0]["edges"] < rows[1]["edges"] < rows[2]["edges"]
 
 
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def test_patches_that_share_a_side_are_joined():
+    labels = np.array([[0, 0, 1], [2, 2, 1]])
+    graph = image_diffusion.adjacent(labels)
+    pairs = {(int(i), int(j)) for i, j in graph.edge_index.T}
+    assert pairs == {(0, 0), (1, 1), (2, 2), (0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1)}
+
+
+def test_images_become_their_patches_and_back():
+    images = image_diffusion.drawn_digits()
+    data = image_diffusion.patches(images, "squares")
+    back = data.painted(data.x)
+    assert back.shape == images.shape and data.graph.num_sources == len(data.x) == 2 * 14 * 14
+    expected = images.reshape(2, 14, 2, 14, 2).mean((2, 4), keepdims=True)
+    np.testing.assert_allclose(back.reshape(2, 14, 2, 14, 2), expected.repeat(2, 2).repeat(2, 4), atol=1e-6)
+
+
+def test_superpixels_follow_the_outline():
+    pytest.importorskip("skimage", reason="scikit-image of the bench extra is not installed")
+    image = image_diffusion.drawn_digits()[0]
+    labels = image_diffusion.cut(image, "slic")
+    assert 20 < labels.max() < 200
+    within = [image[labels == label].var() for label in range(labels.max() + 1)]
+    assert np.average(within, weights=np.bincount(labels.ravel())) < 0.3 * image.var()
+
+
+def test_image_diffusion_command(extras, tmp_path):
+    record = served(tmp_path, "image-diffusion", "--quick", "--patches", "squares")
+    own, other = record["tables"][0]["rows"]
+    assert own["contrast"] > other["contrast"] and own["across"] < other["across"]
+    at = {row["t"]: row for row in record["tables"][1]["rows"]}
+    assert at[2.0]["perona"] < 0.5 * at[0.0]["perona"] and at[2.0]["perona_edges"] > 2 * at[2.0]["heat_edges"]
+
+
+def test_images_are_read_from_either_file(tmp_path, monkeypatch):
+    monkeypatch.setenv(DATA, str(tmp_path))
+    with pytest.raises(BenchmarkError, match="t10k-images"):
+        image_diffusion.mnist(1)
+    (tmp_path / "mnist_t10k").mkdir()
+    pixels = np.arange(2 * 784, dtype=np.int64).reshape(2, 28, 28).astype(np.uint8)
+    (tmp_path / "mnist_t10k" / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + pixels.tobytes()))
+    raw = image_diffusion.mnist(2)
+    np.savez(tmp_path / "mnist_t10k" / "mnist_t10k.npz", images=pixels)
+    assert (raw == pixels / 255).all() and (image_diffusion.mnist(2) == raw).all()
+
+
 # --- data and options ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["grand-solvers"], ["random-walk"], ["grand-stepsize"], ["grand-sparsity"]])
+@pytest.mark.parametrize("arguments", [["grand-solvers"], ["random-walk"], ["grand-stepsize"], ["grand-sparsity"], ["image-diffusion"]])
 def test_absent_data_ends_with_2_and_says_which_file(extras, monkeypatch, capsys, arguments):
     from benchmarks.cli import main
 
     monkeypatch.delenv(DATA, raising=False)
     assert main(["run", *arguments]) == 2
-    assert "cora_planetoid.npz" in capsys.readouterr().err
+    missing = "mnist_t10k.npz" if arguments == ["image-diffusion"] else "cora_planetoid.npz"
+    assert missing in capsys.readouterr().err
 
 
 def test_an_option_of_another_benchmark_is_refused(extras, capsys):
@@ -209,4 +260,4 @@ def test_an_option_of_another_benchmark_is_refused(extras, capsys):
 
 
 def test_they_are_registered():
-    assert {"grand-solvers", "random-walk", "grand-stepsize", "grand-sparsity"} <= set(BENCHMARKS)
+    assert {"grand-solvers", "random-walk", "grand-stepsize", "grand-sparsity", "image-diffusion"} <= set(BENCHMARKS)
