@@ -85,12 +85,12 @@ def forward(model: Model, linear: bool, exact: Tensor | None, method: str, **opt
         field: Any = model.linear_field(x) if linear else model.field()
     tolerance = {"rtol": TOLERANCE, "atol": TOLERANCE * float(x.square().mean().sqrt())}
     one = solved(field, x, END, method=method, **{**tolerance, **options})
-    row = {"nfe": one.nfe, "seconds": one.seconds, "ended": one.ended}
+    row: dict[str, Any] = {"nfe": one.nfe, "seconds": one.seconds, "ended": one.ended}
     if one.done:
         row["accuracy"] = accuracies(model, one.y)[1]
         if exact is not None:
-            row["error"] = relative(one.y, exact, exact)
-            row["ended"] = "done" if row["error"] < 1 else "diverged"
+            error = relative(one.y, exact, exact)
+            row |= {"error": error, "ended": "done" if error < 1 else "diverged"}
     return row
 
 

@@ -309,7 +309,7 @@ def show_edges(axes: Any, data: Patches, place: int, weights: Tensor) -> None:
     inside = (source != target) & (source >= 0) & (source < len(count))
     share = weights.numpy()[inside] / weights.max().item()
     ends = np.stack([centres[source[inside]], centres[target[inside]]], 1)
-    axes.add_collection(LineCollection(ends, linewidths=2 * share, array=share, cmap="autumn"))
+    axes.add_collection(LineCollection(list(ends), linewidths=2 * share, array=share, cmap="autumn"))
 
 
 BENCHMARKS.add(

@@ -240,13 +240,13 @@ def test_images_are_read_from_either_file(tmp_path, monkeypatch):
 # --- data and options ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["grand-solvers"], ["random-walk"], ["grand-stepsize"], ["grand-sparsity"], ["image-diffusion"]])
-def test_absent_data_ends_with_2_and_says_which_file(extras, monkeypatch, capsys, arguments):
+@pytest.mark.parametrize("name", ["grand-solvers", "random-walk", "grand-stepsize", "grand-sparsity", "image-diffusion"])
+def test_absent_data_ends_with_2_and_says_which_file(extras, monkeypatch, capsys, name):
     from benchmarks.cli import main
 
     monkeypatch.delenv(DATA, raising=False)
-    assert main(["run", *arguments]) == 2
-    missing = "mnist_t10k.npz" if arguments == ["image-diffusion"] else "cora_planetoid.npz"
+    assert main(["run", name]) == 2
+    missing = "mnist_t10k.npz" if name == "image-diffusion" else "cora_planetoid.npz"
     assert missing in capsys.readouterr().err
 
 
