@@ -9,7 +9,7 @@ from .control import CONTROLLERS, Controller, Jump
 from .events import Event, Fired
 from .loop import Step
 from .methods import METHODS, Method
-from .problem import LinearField, QuasiLinearField
+from .problem import GradientField, LinearField, QuasiLinearField, check_energy
 from .solution import Solution, Stats
 from .status import (
     ArgumentError,
@@ -40,6 +40,7 @@ __all__ = [
     "Event",
     "EventsAccumulateError",
     "Fired",
+    "GradientField",
     "InnerSolverError",
     "Jump",
     "LinearField",
@@ -57,6 +58,7 @@ __all__ = [
     "StiffnessWarning",
     "UnknownNameError",
     "UnsupportedError",
+    "check_energy",
     "install_as_torchdiffeq",
     "nn",
     "odeint",

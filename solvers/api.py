@@ -25,7 +25,7 @@ from .layout import Layout, transforms_active
 from .loop import Plan, Step, Times, Trajectory
 from .methods import METHODS, Method
 from .norms import ErrorNorm
-from .problem import callable_field, demand
+from .problem import callable_field, demand, potential
 from .registry import all_options, claim_options, nearest, option_owner, options_of
 from .saveat import KINDS, SaveAt
 from .solution import Last, Solution, Stats
@@ -491,6 +491,7 @@ def _finish(plan: Plan, trajectory: Trajectory, stats: Stats, throw: bool) -> So
     layout = plan.layout
     for name, value in trajectory.counts.items():
         setattr(stats, name, value)
+    stats.energy = _energies(plan, trajectory)
     status = torch.as_tensor(trajectory.status, dtype=torch.int8)
     last = Last(trajectory.t_last, layout.unflatten(trajectory.y_last), trajectory.dt_last)
     solution = Solution(
@@ -513,6 +514,17 @@ def _finish(plan: Plan, trajectory: Trajectory, stats: Stats, throw: bool) -> So
     if solution.success:
         _warn_of_stiffness(plan, trajectory, stats)
     return solution
+
+
+@torch.no_grad()
+def _energies(plan: Plan, trajectory: Trajectory) -> Tensor | None:
+    """The energy of every output where the method minimises it."""
+    field = plan.field
+    used = getattr(plan.method, "energy", False) and plan.save.fn is None
+    value = potential(field.func, plan.layout, field.args) if used else None
+    if value is None:
+        return None
+    return torch.stack([value(field.time(t), y) for t, y in zip(trajectory.t.unbind(-1), trajectory.values, strict=True)])
 
 
 def _message(plan: Plan, trajectory: Trajectory, status: Tensor, stats: Stats) -> str:

@@ -6,7 +6,9 @@ States and results are in the user's shapes, batches included; ``args`` of the s
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -39,6 +41,69 @@ class QuasiLinearField(Protocol):
 
     def operator(self, t: Tensor, y: Any, /, *args: Any) -> LinearField:
         """A(t, y), whose ``matvec`` takes no arguments but the vector."""
+
+
+@runtime_checkable
+class GradientField(Protocol):
+    """f(t, y) = -grad F(t, y), the gradient by y: proximal methods then minimise |z - a|**2 / 2 + g F(t, z)."""
+
+    def energy(self, t: Tensor, y: Any, /, *args: Any) -> Tensor:
+        """F(t, y), 0-dim, or in the batched modes ``(B,)``: one number per sample."""
+
+
+def potential(field: Any, layout: Any, args: tuple[Any, ...]) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """(t, flat y) -> F, or None where ``field`` has no ``energy`` that takes (t, y, *args)."""
+    energy = getattr(field, "energy", None)
+    if not callable(energy) or not _takes(getattr(energy, "__func__", energy), len(args) + 2 + hasattr(energy, "__func__")):
+        return None
+
+    def value(t: Tensor, y: Tensor) -> Tensor:
+        found = energy(t, layout.unflatten(y), *args)
+        wanted = () if layout.joint else (layout.batch,)
+        if not isinstance(found, Tensor) or tuple(found.shape) != wanted:
+            what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise ArgumentError(
+                f"the energy of a gradient field must return a tensor of shape {wanted}, one number per sample, found {what}: "
+                "sum over a sample's elements only, or pass energy=False"
+            )
+        return found
+
+    return value
+
+
+@lru_cache(maxsize=64)
+def _takes(function: Any, count: int) -> bool:
+    """Whether ``function`` can be called with so many positional arguments; True where nobody can tell."""
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
+
+
+def check_energy(field: Any, y: Any, t: float = 0.0, *, args: tuple[Any, ...] = (), rtol: float = 1e-5) -> float:
+    """|f + grad F| / |f| at (t, y), in Euclidean norms, for a :class:`GradientField` ``field`` and its state ``y``, a tensor or a
+    tree of tensors; batches too.
+
+    Raises ``ArgumentError`` if that is more than ``rtol``, or ``field`` has no energy.
+    """
+    if not isinstance(field, GradientField):
+        raise ArgumentError(f"{type(field).__name__} has no energy(t, y): a gradient field has one")
+    leaves, spec = pytree.tree_flatten(y)
+    with torch.enable_grad():
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        state, time = pytree.tree_unflatten(leaves, spec), torch.as_tensor(t, dtype=torch.float64)
+        gradient = torch.autograd.grad(field.energy(time, state, *args).sum(), leaves, materialize_grads=True)
+    with torch.no_grad():
+        f = pytree.tree_leaves(callable_field(field)(time, pytree.tree_map(torch.detach, state), *args))
+        left = sum(float((a + b).abs().square().sum()) for a, b in zip(f, gradient, strict=True)) ** 0.5
+        size = sum(float(a.abs().square().sum()) for a in f) ** 0.5
+    found = left / size if size > 0 else left
+    if not found <= rtol:
+        raise ArgumentError(f"f must be minus the gradient of energy, found a difference of {found:.2g} of |f| at t = {t}")
+    return found
 
 
 class FlatOperator:

@@ -20,7 +20,8 @@ class Stats:
     Jacobian products. accepted, rejected: attempted steps. inner_iterations: of implicit steps. forced: steps accepted at
     ``dt_min`` against the error estimate. njac, nlu: Jacobians and factorisations made by Newton iterations, and in
     jacobian how: "jac", "autograd", "differences", "coloured differences" or "matrix-free". inner: the inner solvers that
-    implicit steps were solved by, the chosen one first. backward: the same for the backward pass, once one has run.
+    implicit steps were solved by, the chosen one first. energy: of every output, ``(T,)`` or ``(T, B)``, where steps minimise
+    that of a :class:`~solvers.GradientField`. backward: the same for the backward pass, once one has run.
     """
 
     nfe: int = 0
@@ -35,6 +36,7 @@ class Stats:
     nlu: int = 0
     jacobian: str = ""
     inner: tuple[str, ...] = ()
+    energy: Tensor | None = None
     backward: Stats | None = None
 
 

@@ -52,7 +52,7 @@ SHARED_IN_FOLDER: dict[str, set[str]] = {
         "backward_weights", "solving",
     },
     "solvers.control": {"base"},
-    "solvers.optim": {"base", "linesearch", "evaluating", "implicit", "curvature", "jacobian", "linearisation"},
+    "solvers.optim": {"base", "linesearch", "evaluating", "secant", "implicit", "curvature", "jacobian", "linearisation"},
     "solvers.adjoint": {"base", "capture", "whole"},
     "graphops.backends": {"base"},
 }

@@ -222,6 +222,19 @@ def test_the_main_job_stops_a_solver_at_its_budget_and_shows_it(extras, tmp_path
     assert rows["cvode-gmres"]["ended"] == "done" or "absent" in rows["cvode-gmres"]["ended"]
 
 
+def test_inner_solvers_fail_or_solve_and_say_which(extras, tmp_path, capsys):
+    from benchmarks.cli import main
+
+    target = tmp_path / "inner.json"
+    asked = ["run", "inner-solvers", "--quick", "--inner", "newton_sparse,fixed_point", "--json", str(target)]
+    assert main([*asked, "--plot", str(tmp_path / "inner.png")]) == 0
+    for table in json.loads(target.read_text())["tables"]:
+        ended = {row["solver"]: row["ended"] for row in table["rows"]}
+        assert ended == {"newton_sparse": "done", "fixed_point": "inner not converged"}
+    assert main([*asked[:4], "newtn"]) == 2
+    assert "newton" in capsys.readouterr().err
+
+
 def test_a_folder_without_results_is_refused(tmp_path):
     with pytest.raises(BenchmarkError, match="no results"):
         page(tmp_path)

@@ -60,7 +60,9 @@ class ProxEuler(Method):
 
     ``inner_tol``: bound of |r| in the error norm of the solve, in units of its tolerance. ``max_iters``: inner iterations per
     step. ``backward_tol``: relative tolerance of the linear solves in the backward pass. ``fallback``: the name of an inner
-    solver for steps that ``inner`` does not solve; None leaves them to shorter steps.
+    solver for steps that ``inner`` does not solve; None leaves them to shorter steps. ``energy``: whether the energy of a
+    :class:`~solvers.GradientField` is used: the iteration then starts at the lower of the two starts, and what it finds is
+    only taken if the objective has fallen; else one that lowers it at every iteration goes on from the start.
 
     Units: dt and t in the units of t, error in those of y. Calls of f a step: one and the inner solver's, two more where
     gradients are recorded.
@@ -72,6 +74,7 @@ class ProxEuler(Method):
     max_iters: int = 1000
     backward_tol: float = 1e-8
     fallback: str | None = None
+    energy: bool = True
 
     name: ClassVar[str] = "prox_euler"  # type: ignore[misc]
     order: ClassVar[int] = 1  # type: ignore[misc]
@@ -163,7 +166,7 @@ class FixedProximal(Method):
     Args:
         inner_tol: bound of |r| in the error norm, in units of the tolerance. max_iters: inner iterations (None: what suits
             the inner solver). backward_tol: relative tolerance of the linear solves in the backward pass. fallback: an
-            inner solver's name, or None.
+            inner solver's name, or None. energy: as of :class:`ProxEuler`.
     """
 
     inner: InnerOptimizer = INNER_OPTIMIZERS["fletcher_reeves"]
@@ -172,6 +175,7 @@ class FixedProximal(Method):
     max_iters: int | None = None
     backward_tol: float = 1e-8
     fallback: str | None = "newton_krylov"
+    energy: bool = True
 
     error_order: ClassVar[int | None] = None  # type: ignore[misc]
     remedy: ClassVar[str] = "a smaller dt=, another inner= or fallback=, or a larger inner_tol="
@@ -509,7 +513,7 @@ class ProxBDF(FixedProximal):
         """The method of the first steps."""
         return ProxMultistage(
             self.inner, self.order - 1, inner_tol=self.inner_tol, max_iters=self.max_iters, backward_tol=self.backward_tol,
-            fallback=self.fallback,
+            fallback=self.fallback, energy=self.energy,
         )  # fmt: skip
 
     def init(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor | None) -> FixedBDFState:

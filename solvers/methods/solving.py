@@ -8,7 +8,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..optim import INNER_OPTIMIZERS, InnerOptimizer, InnerResult, Point, ProximalProblem, all_true, any_true, attach, minimise
+from ..optim import (
+    INNER_OPTIMIZERS,
+    InnerOptimizer,
+    InnerResult,
+    Point,
+    ProximalProblem,
+    all_true,
+    any_true,
+    attach,
+    lower_of,
+    lowered,
+    merged,
+    minimise,
+    not_higher,
+)
+from ..problem import potential
 from ..status import ArgumentError, ArgumentTypeError, Status
 from .base import number
 
@@ -88,7 +103,8 @@ def solve_stage(
     grad, inners = torch.is_grad_enabled(), _inners(method, field.layout)
     with torch.no_grad():
         (t1,) = field.times(number(t0), number(dt), (node,))
-        problem = ProximalProblem(field, t1, base, g, field.norm, scale)
+        energy = potential(field.func, field.layout, field.args) if getattr(method, "energy", False) else None
+        problem = ProximalProblem(field, t1, base, g, field.norm, scale, energy)
 
         def evaluate(z: Tensor) -> Point:
             with torch.set_grad_enabled(grad):
@@ -107,30 +123,32 @@ def solve_stage(
 def _found(
     method: Any, problem: ProximalProblem, inners: list[Any], first: Point, memory: Any, active: Any, tol: float
 ) -> InnerResult:
-    own, rest = inners[0], inners[1:]
+    own, rest, ops = inners[0], inners[1:], problem.ops
     found = minimise(
         problem, own, first, tol=tol, max_iters=method.max_iters or own.patience, active=active, memory=memory[0]
     )
-    failed = active & problem.ops.invert(found.converged)
-    if not rest or not any_true(failed):
-        return found._replace(memory=(found.memory, *memory[1:]))
-    # From the start again: what a failed iteration left may be far away.
-    more = minimise(problem, rest[0], first, tol=tol, max_iters=rest[0].patience, active=failed, memory=memory[1])
-    ops = problem.ops
-    return InnerResult(
-        problem.keep(failed, more.z, found.z),
-        ops.where(failed, more.norm, found.norm),
-        found.iterations + more.iterations,
-        ops.where(failed, more.converged, found.converged),
-        (found.memory, more.memory),
-    )
+    kept = [found.memory, *memory[1:]]
+    if problem.energy is not None:
+        found = lowered(problem, first, found, tol, active)
+    failed = active & ops.invert(found.converged)
+    if rest and any_true(failed):
+        # From the start again: what a failed iteration left may be far away.
+        more = minimise(problem, rest[0], first, tol=tol, max_iters=rest[0].patience, active=failed, memory=memory[1])
+        kept[1] = more.memory
+        if problem.energy is not None:
+            more = more._replace(converged=more.converged & not_higher(problem, first.z, more))
+        found = merged(problem, failed, more, found)
+    return found._replace(memory=tuple(kept))
 
 
 def guarded(
     problem: ProximalProblem, evaluate: Callable[[Tensor], Point], z: Tensor, plain: Tensor, rough: Tensor, tol: float
 ) -> Point:
-    """``z``, or ``plain`` in samples where z has a larger residual than ``rough``, which is about that of ``plain``."""
+    """``z``, or ``plain`` in samples where that is the better start: where the objective is lower there, or, without an energy,
+    where z has a larger residual than ``rough``, which is about that of ``plain``."""
     point = evaluate(z)
+    if problem.energy is not None:
+        return lower_of(problem, point, plain)
     good = problem.norm(point.r) <= problem.ops.maximum(problem.norm(rough), tol)
     return point if all_true(good) else problem.evaluate(problem.keep(good, z, plain))
 

@@ -15,6 +15,7 @@ from .base import (
     any_true,
     minimise,
 )
+from .energy import lower_of, lowered, merged, not_higher
 from .implicit import attach
 
 __all__ = [
@@ -30,5 +31,9 @@ __all__ = [
     "all_true",
     "any_true",
     "attach",
+    "lower_of",
+    "lowered",
+    "merged",
     "minimise",
+    "not_higher",
 ]

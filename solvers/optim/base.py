@@ -259,7 +259,7 @@ class ProximalProblem(StageProblem):
     For f = -grad F it is the gradient of |z - a|**2 / 2 + g F(z): z is the proximal point of a (Xia 2023, section 5.1).
 
     Args: as of :class:`StageProblem`, for one stage at time ``t``.
-        energy: F(t, z) of the user's state, one number per sample, or None.
+        energy: F(t, z) of the flat state, one number per sample as ``(B,)`` or 0-dim, or None.
     """
 
     def __init__(
@@ -273,7 +273,8 @@ class ProximalProblem(StageProblem):
         if self.energy is None:
             return None
         away = z - self.a
-        return self.dot(away, away) / 2 + self.g * self.energy(self.t, self.layout.unflatten(z))
+        found = self.energy(self.t, z)
+        return self.dot(away, away) / 2 + self.g * (found.item() if self.layout.joint else found)
 
 
 class InnerStep(NamedTuple):
