@@ -6,13 +6,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import grand_targets, grand_training
+from .grand_pictures import draw
 from .grand_problems import END, GRAPHS, GrandProblem, Model, chosen, sharpened
 from .registry import BENCHMARKS, Benchmark, BenchmarkError, Column, Option, Result, Settings, Table, unknown
 
@@ -370,25 +370,6 @@ def trained(problems: list[GrandProblem], epochs: int) -> Result:
         table, result.data[problem.name] = grand_training.table(problem, epochs)
         result.tables.append(table)
     return result
-
-
-def draw(result: Result, path: Path) -> None:
-    """Error against evaluations, a panel a table that has both."""
-    from .pictures import figure, save
-
-    shown = [table for table in result.tables if table.rows and any("error" in row and "nfe" in row for row in table.rows)]
-    drawn, axes = figure(1, max(len(shown), 1), figsize=(5 * max(len(shown), 1), 4.2), squeeze=False)
-    for panel, table in zip(axes[0], shown):
-        for row in table.rows:
-            if not row.get("error"):
-                continue
-            kind = "tab:red" if row["scheme"].startswith("prox") else "tab:blue"
-            panel.loglog(row["nfe"], row["error"], "o", color=kind, markersize=4)
-            panel.annotate(row["scheme"], (row["nfe"], row["error"]), fontsize=6, xytext=(3, 2), textcoords="offset points")
-        panel.axhline(GOOD, color="black", linewidth=0.5)
-        panel.set_title(table.title.split(":")[0], fontsize=9)
-        panel.set_xlabel("evaluations of f", fontsize=8)
-    save(drawn, path)
 
 
 BENCHMARKS.add(

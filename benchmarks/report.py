@@ -130,7 +130,8 @@ def page(folder: Path) -> Path:
         raise BenchmarkError(
             f"{folder} holds no results; `python -m benchmarks run NAME --json {folder / 'NAME.json'}` writes one"
         )
-    sections = [_section(read_json(path), path.parent) for path in paths]
+    records = [read_json(path) for path in paths]
+    sections = [_summary(records), *(_section(record, folder) for record in records)]
     text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Benchmarks</title>'
         f"<style>{STYLE}</style></head>\n"
@@ -139,6 +140,32 @@ def page(folder: Path) -> Path:
     target = folder / "report.html"
     target.write_text(text)
     return target
+
+
+def _summary(records: list[dict[str, Any]]) -> str:
+    """What had to be reached, over all benchmarks that say so: how many lines are met, and those that are not."""
+    rows = []
+    for record in records:
+        for table in record["tables"]:
+            judged = [row for row in table["rows"] if row.get("verdict")]
+            if not judged:
+                continue
+            short = [row for row in judged if str(row["verdict"]).startswith("SHORT")]
+            first = table["columns"][0]["key"]
+            rows.append(
+                {
+                    "benchmark": record["benchmark"],
+                    "table": table["title"],
+                    "met": sum(row["verdict"] in ("met", "yes") for row in judged),
+                    "all": len(judged),
+                    "short": "; ".join(f"{row.get(first)}" for row in short),
+                }
+            )
+    if not rows:
+        return ""
+    columns = [Column("benchmark", "benchmark"), Column("table", "table"), Column("met", "met", "count")]
+    columns += [Column("all", "of", "count"), Column("short", "short")]
+    return _table(asdict(Table("What had to be reached", columns, rows)))
 
 
 def _section(record: dict[str, Any], folder: Path) -> str:

@@ -18,9 +18,12 @@ from benchmarks.registry import (
     PEERS,
     PROBLEMS,
     BenchmarkError,
+    Column,
     MissingExtra,
     Option,
     Registry,
+    Result,
+    Table,
     UnknownName,
     discover,
     need,
@@ -203,6 +206,23 @@ def test_a_run_writes_its_table_json_and_picture_and_the_page_holds_all(extras, 
     html = page(tmp_path).read_text()
     assert "rk4" in html and "data:image/png;base64," in html
     assert not re.search(r'(src|href)="(?!data:)', html) and "<script" not in html and "@import" not in html
+
+
+def test_the_page_says_first_what_was_to_be_reached(tmp_path):
+    from benchmarks.report import write_json
+
+    columns = [Column("row", "row"), Column("verdict", "verdict")]
+    rows = [{"row": "a", "verdict": "met"}, {"row": "<b>", "verdict": "SHORT"}, {"row": "c", "verdict": "not judged"}]
+    for name in ("first", "second"):
+        result = Result([Table("bars", columns, rows), Table("others", columns[:1], [{"row": "d"}])])
+        write_json(tmp_path / f"{name}.json", name, {}, {"date": "today"}, result, None)
+    html = page(tmp_path).read_text()
+    summary, *sections = html.split("<h2>")
+    assert len(sections) == 2 and "others" not in summary
+    for name in ("first", "second"):
+        numbers = '<td class="number">1</td><td class="number">3</td>'
+        assert f'<td class="text">{name}</td><td class="text">bars</td>{numbers}' in summary
+    assert "&lt;b&gt;" in summary and "<b>" not in html
 
 
 def test_the_main_job_stops_a_solver_at_its_budget_and_shows_it(extras, tmp_path, capsys, monkeypatch):
