@@ -218,13 +218,14 @@ def test_rewiring_keeps_what_is_above_rho_and_loops():
         ("implicit_euler", "linear", {"dt": 100.0, **SOLVED}),
         ("prox_euler", "linear", {"dt": 100.0, **SOLVED}),
         ("prox_euler", "gentle", {"dt": 100.0, **SOLVED}),
+        ("prox_euler", "nonlinear", {"dt": 100.0, "inner": "anderson", **SOLVED}),
     ],
 )
 def test_maximum_principle(method, kind, options):
     """Equation 3, and theorems 1 and 2: explicit steps below 1, implicit and semi-implicit ones of size 100.
 
-    The semi-implicit step has linear equations. That those of an implicit step of size 100 can be solved is not promised: for
-    steep attention Newton's iteration does not converge, and says so.
+    The semi-implicit step has linear equations. For steep attention those of an implicit step of size 100 are solved by Anderson's
+    iteration; Newton's says that it does not converge, for at the start of the step I - dt J is indefinite.
     """
     graph, x = connected(), torch.randn(24, 3, dtype=DOUBLE)
     linear = LinearDiffusion(graph, stochastic(graph))
