@@ -289,10 +289,12 @@ def table_of(case: Case, schemes: list[Scheme], quick: bool) -> Table:
             row["least"] = least_adaptive(case, scheme, torch.float32)
         else:
             row["largest"], row["least"] = sweep(case, scheme, torch.float32)
+    size = float(case.start.square().mean().sqrt())
     notes = [
         case.made,
         f"errors: relative, Euclidean norm; truncation: equations solved to {SOLVED:g} in float64; inner: the rest",
         f"tolerance of inner solvers {TOLERANCE:g}; the cheapest is tried with other steps; semi-implicit: products with A count",
+        f"tolerances are of the state's size, here {size:.2g}: the trial's, absolute as the thesis', were looser by that factor",
     ]
     return Table(title, COLUMNS, rows, [*notes, *claims(rows)])
 

@@ -224,8 +224,8 @@ def test_rewiring_keeps_what_is_above_rho_and_loops():
 def test_maximum_principle(method, kind, options):
     """Equation 3, and theorems 1 and 2: explicit steps below 1, implicit and semi-implicit ones of size 100.
 
-    The semi-implicit step has linear equations. For steep attention those of an implicit step of size 100 are solved by Anderson's
-    iteration; Newton's says that it does not converge, for at the start of the step I - dt J is indefinite.
+    The semi-implicit step has linear equations. For steep attention those of an implicit step of size 100 are solved by
+    Anderson's iteration; Newton's says that it does not converge, for at the start of the step I - dt J is indefinite.
     """
     graph, x = connected(), torch.randn(24, 3, dtype=DOUBLE)
     linear = LinearDiffusion(graph, stochastic(graph))
