@@ -23,7 +23,7 @@ from .field import Field
 from .interpolate import DenseOutput
 from .layout import Layout, transforms_active
 from .loop import Plan, Step, Times, Trajectory
-from .methods import METHODS, Method
+from .methods import METHODS, Method, stiffness
 from .norms import ErrorNorm
 from .problem import callable_field, demand, potential
 from .registry import all_options, claim_options, nearest, option_owner, options_of
@@ -643,12 +643,9 @@ def _stiffness(plan: Plan, trajectory: Trajectory, sample: int, stats: Stats, it
             direction = (field(t, y + probe) - base) / layout.spread(small)
     except Exception:  # f failing here must not hide the failure that is being reported
         return None
-    along = layout.sum((probe.conj() * direction).real) * plan.clock.sign
-    lengths = layout.sum(direction.abs().square()) * layout.sum(probe.abs().square())
-    value, decays = abs(trajectory.dt_last) * layout.norm(direction), along < -0.5 * lengths.sqrt()
-    if not layout.joint:
-        value, decays = value[sample], decays[sample]
-    return float(value) if bool(decays) and math.isfinite(value) else None
+    dt = layout.spread(trajectory.dt_last) if not layout.joint else trajectory.dt_last
+    value = torch.as_tensor(stiffness(layout, probe, dt * layout.spread(small) * direction)).reshape(-1)[sample].item()
+    return value if math.isfinite(value) else None
 
 
 def _with_progress(observer: Any, clock: Any, layout: Layout) -> Callable[[Step], Any]:

@@ -217,6 +217,7 @@ class _Run(ABC):
         self.happened: list[tuple[Found, Chunk]] = []
         self.ready: Any = None
         self.first_slope: Tensor | None = None
+        self.controls: Any = ()
         self.after: Any = False
 
     def begin(self) -> None:
@@ -265,7 +266,7 @@ class _Run(ABC):
             step, end = h, t1
             out = plan.method.step(self.field, self.t, h, self.y, self.state, self.active)
         self.nfe += out.work
-        self._count(out.algebra)
+        self._count(out)
         if self.grad:
             with torch.no_grad():
                 ratio, decision = self.judge(out)
@@ -274,7 +275,12 @@ class _Run(ABC):
         error = ratio[1] if isinstance(ratio, tuple) else ratio
         self.settle(out, decision, error, t1, h, hit, step, end)
 
-    def _count(self, algebra: Any) -> None:
+    def _count(self, out: Any) -> None:
+        algebra = out.algebra
+        if out.spent is not None:
+            total = self.algebra.setdefault("nfe_by_method", {})
+            for name, work in out.spent.items():
+                total[name] = total.get(name, 0) + work
         if algebra is not None:
             for name, number in (("njac", algebra.njac), ("nlu", algebra.nlu), ("nvjp", algebra.nvjp)):
                 self.algebra[name] = self.algebra.get(name, 0) + number
@@ -479,6 +485,7 @@ class _JointRun(_Run):
             "rejected": self.rejected,
             "inner_iterations": self.inner,
             "forced": self.forced,
+            "switches": getattr(self.controls, "switches", 0),
             **self.algebra,
         }
         return Trajectory(t, values, self.status, self.t, self.y, self.dt, counts, self.pieces, log(self.happened))
@@ -640,7 +647,7 @@ class _RowRun(_Run):
         lo = self.lo if self.clock.differentiable else self.t
         out = plan.method.step(self.field, lo, still, self.y, self.state, self.active)
         self.nfe += out.work
-        self._count(out.algebra)
+        self._count(out)
         return out, still
 
     def _keep(self, out, decision, accept, t1, h, hit, step, end, flags, pending, jumping, events) -> None:
@@ -760,6 +767,7 @@ class _RowRun(_Run):
             "rejected": self.ended - self.accepted,
             "inner_iterations": self.inner,
             "forced": self.forced,
+            "switches": getattr(self.controls, "switches", 0),
             **self.algebra,
         }
         dt = torch.where(self.active, self.dt, self.dt_last)

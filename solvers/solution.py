@@ -21,7 +21,8 @@ class Stats:
     ``dt_min`` against the error estimate. njac, nlu: Jacobians and factorisations made by Newton iterations, and in
     jacobian how: "jac", "autograd", "differences", "coloured differences" or "matrix-free". inner: the inner solvers that
     implicit steps were solved by, the chosen one first. energy: of every output, ``(T,)`` or ``(T, B)``, where steps minimise
-    that of a :class:`~solvers.GradientField`. backward: the same for the backward pass, once one has run.
+    that of a :class:`~solvers.GradientField`. switches: changes between explicit and implicit steps, by a method that has
+    both; nfe_by_method: the calls of f in the steps of each. backward: the same for the backward pass, once one has run.
     """
 
     nfe: int = 0
@@ -37,6 +38,8 @@ class Stats:
     jacobian: str = ""
     inner: tuple[str, ...] = ()
     energy: Tensor | None = None
+    switches: Any = 0
+    nfe_by_method: dict[str, int] = field(default_factory=dict)
     backward: Stats | None = None
 
 

@@ -1,6 +1,6 @@
 """Step-size control, and the times that steps must end at."""
 
-from . import bdf, fixed, order, pid, predictive  # (registration)
+from . import auto, bdf, fixed, order, pid, predictive  # (registration)
 from .base import CONTROLLERS, Controller, Decision
 from .clip import JointClock, Jump, RowClock
 from .initial import initial_step

@@ -1,6 +1,6 @@
 """Integration methods: pure steps, registered by name in :data:`METHODS`."""
 
-from . import adams, bdf, exponential, implicit, proximal, rk, semi_implicit, stabilised  # (registration)
-from .base import METHODS, Method, StepOut
+from . import adams, auto, bdf, exponential, implicit, proximal, rk, semi_implicit, stabilised  # (registration)
+from .base import METHODS, Method, StepOut, stiffness
 
-__all__ = ["METHODS", "Method", "StepOut"]
+__all__ = ["METHODS", "Method", "StepOut", "stiffness"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..layout import forward_mode, transforms_active
-from .base import METHODS, StepOut, TableauMethod
+from .base import METHODS, StepOut, TableauMethod, stiffness
 from .stages import BufferStages, HostStages, ListStages, Row, RowStages
 from .tableau import Tableau
 from .tableaus import TABLEAUS
@@ -187,6 +187,15 @@ class RungeKutta(TableauMethod):
         for n in range(derivative):
             factor = factor * (powers - n)
         return factor * theta.unsqueeze(-1) ** (powers - derivative).clamp(min=0) @ P[:, :stages]
+
+    def stiffness(self, layout: Any, out: StepOut) -> Any:
+        """dt times the largest |lambda| that the step has met, float or ``(B,)``, where the last two stages are both at its end
+        and belong to almost the same state (Hairer & Wanner II, IV.2)."""
+        before, last = self.tableau.a[-2:]
+        change = tuple(b - a for a, b in zip((*before, 0.0), last, strict=True))
+        slopes = (*(0.0 for _ in before), -1.0, 1.0)
+        stages, dt = out.dense.stages, out.dense.dt
+        return stiffness(layout, stages.error(dt, change), stages.error(dt, slopes))
 
     def ratio(self, norm: Any, y0: Tensor, out: StepOut) -> Any:
         dt, stages, rows = out.error.dt, out.error.stages, self.tableau.b_error

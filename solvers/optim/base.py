@@ -340,6 +340,10 @@ class InnerOptimizer(ABC):
         """The memory to hand on after the last iteration."""
         return ()
 
+    def bound(self, memory: Any) -> Any:
+        """An upper estimate of |lambda| of df/dy (1/time), float or ``(B,)``, by what ``memory`` knows; infinite: nothing."""
+        return math.inf
+
     @abstractmethod
     def step(self, problem: InnerProblem, z: Tensor, r: Tensor, state: Any, running: Any) -> InnerStep:
         """The next iterate after ``z``, whose residual is ``r``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +38,15 @@ class Linearisation:
         self.matrix, self.t, self.y, self.stamp = matrix, t, y, stamp
         self.factors: list[tuple[complex, Any, Any]] = []
         self.exact: Any = None
+
+    @cached_property
+    def size(self) -> Any:
+        """The lesser of the norms of J that sum along columns and along rows: no |lambda| is larger. Float or ``(B,)``."""
+        sizes = abs(self.matrix)
+        if isinstance(sizes, Tensor):
+            both = torch.minimum(sizes.sum(-2).amax(-1), sizes.sum(-1).amax(-1))
+            return both.item() if both.dim() == 0 else both
+        return float(min(sizes.sum(0).max(), sizes.sum(1).max()))
 
     def solve(self, problem: StageProblem, r: Tensor) -> Tensor:
         """x with M x = r for M = I - g A x J, by one system of the size of a state for each eigenvalue of A."""

@@ -217,6 +217,10 @@ class Newton(InnerOptimizer):
         rate = ops.where(state.rate > 0, ops.maximum(state.rate, SMALLEST_RATE), doubted)
         return Memory(lin.t, lin.y, stamp, state.memory.cache, rate)
 
+    def bound(self, memory: Memory) -> Any:
+        lin = memory.cache.current
+        return math.inf if lin is None else lin.size
+
     # -- linear systems beside the iteration --------------------------------------------------------------------------
 
     def filtered(self, problem: StageProblem, memory: Memory, weight: float, x: Tensor) -> Tensor:

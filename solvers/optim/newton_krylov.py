@@ -117,6 +117,9 @@ class NewtonKrylov(InnerOptimizer):
     def memory(self, problem: Any, state: KrylovState) -> KrylovMemory:
         return state.memory
 
+    def bound(self, memory: KrylovMemory) -> Any:
+        return memory.rho
+
     def step(self, problem: Any, z: Tensor, r: Tensor, state: KrylovState, running: Any) -> InnerStep:
         ops = problem.ops
         point = state.point or problem.evaluate(z)
