@@ -219,7 +219,7 @@ def leaves():
     return [torch.tensor(x, dtype=D, requires_grad=True) for x in (1.1, 800.0, 2.0)]
 
 
-@pytest.mark.parametrize("mode", ["joint", "samples", pytest.param("groups", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["joint", *(pytest.param(m, marks=pytest.mark.slow) for m in ("samples", "groups"))])
 def test_backprop_and_checkpoint_agree_to_rounding(mode):
     found = []
     for adjoint, more in (("backprop", {}), ("checkpoint", {}), ("checkpoint", {"checkpoints": 5})):
