@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .grand_claims import GOOD
 from .registry import Result, Table
 
 __all__ = ["draw"]
@@ -55,7 +56,7 @@ def show_errors(axes: Any, table: Table) -> None:
         colour = "tab:red" if row["scheme"].startswith("prox") else "tab:blue"
         axes.loglog(row["nfe"], row["error"], "o", color=colour, markersize=4)
         axes.annotate(row["scheme"], (row["nfe"], row["error"]), fontsize=5, xytext=(3, 2), textcoords="offset points")
-    axes.axhline(1e-3, color="black", linewidth=0.5)
+    axes.axhline(GOOD, color="black", linewidth=0.5)
     axes.set_xlabel("evaluations of f", fontsize=8)
     axes.set_ylabel("relative error", fontsize=8)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import grand_solvers, grand_sparsity, grand_stepsize, grand_training, image_diffusion, random_walk
+from benchmarks import grand_claims, grand_solvers, grand_sparsity, grand_stepsize, grand_training, image_diffusion, random_walk
 from benchmarks.grand_problems import GRAPHS, Model, sharpened
 from benchmarks.graph_problems import DATA, communities, community_of
 from benchmarks.registry import BENCHMARKS, BenchmarkError, discover
@@ -90,7 +90,7 @@ def test_the_largest_step_is_good_and_longer_ones_are_not(case):
     largest, least = grand_solvers.sweep(case, rk4, torch.float32)
     steps = round(grand_solvers.END / largest)
     errors = [case.error(grand_solvers.attempt(case, rk4, torch.float32, count).y) for count in (steps // 2, steps)]
-    assert errors[1] <= grand_solvers.GOOD < errors[0]
+    assert errors[1] <= grand_claims.GOOD < errors[0]
     assert least == 4 * steps
 
 
@@ -105,12 +105,17 @@ def test_claims_follow_from_the_rows():
         {"scheme": "prox_bdf2, x", "nfe": 40, "error": 5e-4, "least": 30},
         {"scheme": "prox_bdf2, y", "nfe": 90, "error": 4e-4},
         {"scheme": "prox_cn, x", "nfe": 20, "error": 5e-3, "least": None},
+        {"scheme": "prox_euler, x", "nfe": 5, "ended": "non finite"},
         {"scheme": "dopri5", "nfe": 50, "error": 1e-5, "least": 44},
+        {"scheme": "dopri8", "nfe": 35, "error": 1e-7},
     ]
-    second, first = grand_solvers.claims(rows)
-    assert "within 0.001; 40" in second and "NOT within" not in second and "0.80" in second and "NOT about half" in second
-    assert "30 evaluations, dopri5 44" in second
-    assert "NOT within" in first and "0.40" in first and "NOT about half" not in first and "more than 1000" in first
+    summary, bdf2, cn = grand_claims.claims(rows, 1.25)
+    assert "of 2 proximal methods" in summary and "within 0.001 holds for 1, about half of dopri5's evaluations for 1" in summary
+    assert "2 fewer than dopri5, 1 fewer than dopri8" in summary
+    assert "within 0.001; 40" in bdf2 and "NOT within" not in bdf2 and "0.80" in bdf2 and "NOT about half" in bdf2
+    assert "30 evaluations, dopri5 44" in bdf2
+    assert "NOT within" in cn and "0.40" in cn and "NOT about half" not in cn and "more than 1000" in cn
+    assert grand_claims.claims(rows[:4], 1.25) == ["no claim is judged without dopri5"]
 
 
 def test_products_with_the_transposed_jacobian_are_counted():
