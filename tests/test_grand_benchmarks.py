@@ -89,7 +89,7 @@ def test_grand_pp_pairs_splits_and_tells_failures_of_the_thesis(run):
     assert set(lines) == {"T = 1, 20", "T = 256, 20", "T = 18.29, 5"}
     assert all(line["status"] == "done" and line["wins"].endswith("of 2") for line in lines.values())
     assert lines["T = 1, 20"]["plain_printed"] == "78.59 ± 1.17"
-    assert lines["T = 18.29, 5"]["verdict"].endswith(("met", "SHORT"))
+    assert lines["T = 18.29, 5"]["verdict"] in ("met", "SHORT")
     seeds = [(line["model"], line["seed"]) for line in record["tables"][1]["rows"] if line["cell"] == "T = 1, 20"]
     assert seeds == [("grand-l", 0), ("grand-l", 1), ("grand++-l", 0), ("grand++-l", 1)]
 
