@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["GOOD", "HALF", "MOST_WORK", "claims"]
+__all__ = ["GOOD", "HALF", "MOST_WORK", "claims", "method_of"]
 
 GOOD = 1e-3
 """The output error that the thesis states."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .grand_claims import GOOD
+from .grand_claims import GOOD, method_of
 from .registry import Result, Table
 
 __all__ = ["draw"]
@@ -49,13 +49,17 @@ def show_targets(axes: Any, table: Table) -> None:
 
 
 def show_errors(axes: Any, table: Table) -> None:
-    """Relative error against evaluations, proximal steps in red."""
+    """Relative error against evaluations, proximal steps in red, named once whatever their inner solvers."""
+    named = set()
     for row in table.rows:
         if not row.get("error") or not row["error"] < 10:
             continue
         colour = "tab:red" if row["scheme"].startswith("prox") else "tab:blue"
         axes.loglog(row["nfe"], row["error"], "o", color=colour, markersize=4)
-        axes.annotate(row["scheme"], (row["nfe"], row["error"]), fontsize=5, xytext=(3, 2), textcoords="offset points")
+        label = method_of(row) if row["scheme"].startswith("prox") else row["scheme"]
+        if label not in named:
+            axes.annotate(label, (row["nfe"], row["error"]), fontsize=5, xytext=(3, 2), textcoords="offset points")
+        named.add(label)
     axes.axhline(GOOD, color="black", linewidth=0.5)
     axes.set_xlabel("evaluations of f", fontsize=8)
     axes.set_ylabel("relative error", fontsize=8)

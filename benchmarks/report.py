@@ -130,7 +130,7 @@ def page(folder: Path) -> Path:
         raise BenchmarkError(
             f"{folder} holds no results; `python -m benchmarks run NAME --json {folder / 'NAME.json'}` writes one"
         )
-    records = [read_json(path) for path in paths]
+    records = [{**read_json(path), "file": path.stem} for path in paths]
     sections = [_summary(records), *(_section(record, folder) for record in records)]
     text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Benchmarks</title>'
@@ -140,6 +140,12 @@ def page(folder: Path) -> Path:
     target = folder / "report.html"
     target.write_text(text)
     return target
+
+
+def _heading(record: dict[str, Any]) -> str:
+    """The benchmark's name, with that of the file where one folder may hold several."""
+    name, file = str(record["benchmark"]), record["file"]
+    return name if file == name else f"{name} ({file})"
 
 
 def _summary(records: list[dict[str, Any]]) -> str:
@@ -154,7 +160,7 @@ def _summary(records: list[dict[str, Any]]) -> str:
             first = table["columns"][0]["key"]
             rows.append(
                 {
-                    "benchmark": record["benchmark"],
+                    "benchmark": _heading(record),
                     "table": table["title"],
                     "met": sum(row["verdict"] in ("met", "yes") for row in judged),
                     "all": len(judged),
@@ -174,7 +180,7 @@ def _section(record: dict[str, Any], folder: Path) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items())
     chosen = ", ".join(f"{key} {value}" for key, value in settings.items() if value)
     lines = [
-        f"<h2>{html.escape(record['benchmark'])}</h2>",
+        f"<h2>{html.escape(_heading(record))}</h2>",
         f'<p class="machine">{html.escape(str(about.get("date")))}; {html.escape(str(about.get("cpu")))}, '
         f"{about.get('threads')} threads; {html.escape(versions)}{'; ' if chosen else ''}{html.escape(chosen)}</p>",
     ]

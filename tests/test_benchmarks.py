@@ -215,11 +215,11 @@ def test_the_page_says_first_what_was_to_be_reached(tmp_path):
     rows = [{"row": "a", "verdict": "met"}, {"row": "<b>", "verdict": "SHORT"}, {"row": "c", "verdict": "not judged"}]
     for name in ("first", "second"):
         result = Result([Table("bars", columns, rows), Table("others", columns[:1], [{"row": "d"}])])
-        write_json(tmp_path / f"{name}.json", name, {}, {"date": "today"}, result, None)
+        write_json(tmp_path / f"{name}.json", "first", {}, {"date": "today"}, result, None)
     html = page(tmp_path).read_text()
     summary, *sections = html.split("<h2>")
     assert len(sections) == 2 and "others" not in summary
-    for name in ("first", "second"):
+    for name in ("first", "first (second)"):
         numbers = '<td class="number">1</td><td class="number">3</td>'
         assert f'<td class="text">{name}</td><td class="text">bars</td>{numbers}' in summary
     assert "&lt;b&gt;" in summary and "<b>" not in html
