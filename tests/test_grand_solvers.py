@@ -135,6 +135,18 @@ def test_training_through_implicit_steps_lowers_the_loss():
     assert run.loss[-1] < run.loss[0]
 
 
+def test_the_work_of_proximal_methods_is_told_beside_that_of_others():
+    def row(solver, gradient, forward, backward, ended="done"):
+        return {"solver": solver, "gradient": gradient, "forward": forward, "backward": backward, "seconds": 0.5, "ended": ended}
+
+    rows = [row("dopri5", "backsolve", 60, 140, "epoch 4: MaxStepsError"), row("dopri5", "discrete", 60, 58)]
+    rows += [row("AM4, PECE", "discrete", 32, 32), row("prox_cn, x", "implicit", 40, 50)]
+    rows.append({"solver": "prox_bdf2, x", "gradient": "implicit", "ended": "epoch 1: InnerSolverError"})
+    (line,) = grand_training.findings(rows)
+    assert line.startswith("prox_cn, x: 90 evaluations, 0.5 s an epoch; ") and "AM4" not in line
+    assert "dopri5 (backsolve, ended at epoch 4: MaxStepsError) 200" in line and "dopri5 (discrete) 118" in line
+
+
 def test_a_solver_that_fails_ends_its_training_and_says_so():
     scheme = grand_training.Scheme("", "", "dopri5", {"dt_min": 9.0})
     run = grand_training.train(GRAPHS["tiny"](), scheme, 2)
