@@ -15,7 +15,7 @@ from ..optim import INNER_OPTIMIZERS, Algebra, InnerOptimizer, InnerResult, Poin
 from .adams_weights import distances
 from .backward_weights import combined, increments, lagrange, values, variable_coefficients
 from .base import METHODS, Method, StepOut, inverse, number
-from .solving import check_inner_options, guarded, inner_named, remembered, solve_stage
+from .solving import check_inner, check_inner_options, guarded, held, inner_named, quiet, remembered, solve_stage
 
 NOISE = 3.0
 """Multiples of the inner tolerance below which the second-order term of the predictor is noise: it amplifies the errors of
@@ -63,6 +63,8 @@ class ProxEuler(Method):
     solver for steps that ``inner`` does not solve; None leaves them to shorter steps. ``energy``: whether the energy of a
     :class:`~solvers.GradientField` is used: the iteration then starts at the lower of the two starts, and what it finds is
     only taken if the objective has fallen; else one that lowers it at every iteration goes on from the start.
+    ``implicit_diff``: False differentiates through the recorded iterations of gradients or conjugate gradients instead: their
+    number in memory, and as exact as ``inner_tol``.
 
     Units: dt and t in the units of t, error in those of y. Calls of f a step: one and the inner solver's, two more where
     gradients are recorded.
@@ -75,6 +77,7 @@ class ProxEuler(Method):
     backward_tol: float = 1e-8
     fallback: str | None = None
     energy: bool = True
+    implicit_diff: bool = True
 
     name: ClassVar[str] = "prox_euler"  # type: ignore[misc]
     order: ClassVar[int] = 1  # type: ignore[misc]
@@ -95,22 +98,22 @@ class ProxEuler(Method):
         return inner_named(inner, self.inner)
 
     def check(self, layout: Any) -> None:
-        self.inner.chosen(layout)
+        check_inner(self, layout)
 
     def init(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor | None) -> ProxState:
-        y0 = y0.detach()
+        y0 = held(self, y0)
         layout = field.layout
         none = 0.0 if layout.joint else torch.zeros(layout.batch, dtype=torch.float64, device=layout.device)
-        slope = torch.zeros_like(y0) if f0 is None else f0.detach()
+        slope = torch.zeros_like(y0) if f0 is None else held(self, f0)
         return ProxState(slope, torch.zeros_like(y0), none, remembered(self, layout, y0))
 
     def step(self, field: Any, t0: Any, dt: Any, y0: Tensor, state: ProxState, active: Any) -> StepOut:
-        size, base = number(dt), y0.detach()
+        size, base = number(dt), held(self, y0)
         with torch.no_grad():
             scale = field.norm.scale(y0)
         start = lambda problem, evaluate: self._predict(problem, evaluate, state)
         done = solve_stage(self, field, t0, dt, base, size, start, lambda: (y0, dt), state.memory, active, scale)
-        with torch.no_grad():
+        with quiet(self):
             error, after = _advance(done.problem, state, done.found)
         dense = ProxDense(field.layout, dt, y0, done.z)
         return StepOut(done.z, error, dense, after, done.calls, done.status, done.found.iterations, done.problem.algebra)
@@ -166,7 +169,7 @@ class FixedProximal(Method):
     Args:
         inner_tol: bound of |r| in the error norm, in units of the tolerance. max_iters: inner iterations (None: what suits
             the inner solver). backward_tol: relative tolerance of the linear solves in the backward pass. fallback: an
-            inner solver's name, or None. energy: as of :class:`ProxEuler`.
+            inner solver's name, or None. energy, implicit_diff: as of :class:`ProxEuler`.
     """
 
     inner: InnerOptimizer = INNER_OPTIMIZERS["fletcher_reeves"]
@@ -176,6 +179,7 @@ class FixedProximal(Method):
     backward_tol: float = 1e-8
     fallback: str | None = "newton_krylov"
     energy: bool = True
+    implicit_diff: bool = True
 
     error_order: ClassVar[int | None] = None  # type: ignore[misc]
     remedy: ClassVar[str] = "a smaller dt=, another inner= or fallback=, or a larger inner_tol="
@@ -189,7 +193,7 @@ class FixedProximal(Method):
         return inner_named(inner, self.inner)
 
     def check(self, layout: Any) -> None:
-        self.inner.chosen(layout)
+        check_inner(self, layout)
 
 
 class CrankNicolsonState(NamedTuple):
@@ -234,9 +238,9 @@ class ProxCrankNicolson(FixedProximal):
         def live() -> tuple[Tensor, Any]:
             return y0 + layout.spread(0.5 * dt) * state.slope, 0.5 * dt
 
-        with torch.no_grad():
-            start, scale = y0.detach(), field.norm.scale(y0)
-            change = layout.spread(size) * state.slope.detach()
+        with quiet(self):
+            start, scale = held(self, y0), field.norm.scale(y0.detach())
+            change = layout.spread(size) * held(self, state.slope)
             base = start + 0.5 * change
         first = lambda problem, evaluate: guarded(problem, evaluate, start + change, start, change, self.inner_tol)
         done = solve_stage(self, field, t0, dt, base, 0.5 * size, first, live, state.memory, active, scale)
@@ -409,10 +413,10 @@ class _Stages:
         def live() -> tuple[Tensor, Any]:
             return _sum(weights, self.stages), self.dt * (1.0 / total)
 
-        with torch.no_grad():
-            before = self.stages[-1].detach()
-            base = _sum(weights, [z.detach() for z in self.stages])
-            change = layout.spread(number(self.dt) * (node - self.last)) * self.slope.detach()
+        with quiet(self.method):
+            before = held(self.method, self.stages[-1])
+            base = _sum(weights, [held(self.method, z) for z in self.stages])
+            change = layout.spread(number(self.dt) * (node - self.last)) * held(self.method, self.slope)
         start = lambda problem, evaluate: guarded(
             problem, evaluate, before + change, before, change, self.method.inner_tol
         )
@@ -513,7 +517,7 @@ class ProxBDF(FixedProximal):
         """The method of the first steps."""
         return ProxMultistage(
             self.inner, self.order - 1, inner_tol=self.inner_tol, max_iters=self.max_iters, backward_tol=self.backward_tol,
-            fallback=self.fallback, energy=self.energy,
+            fallback=self.fallback, energy=self.energy, implicit_diff=self.implicit_diff,
         )  # fmt: skip
 
     def init(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor | None) -> FixedBDFState:
@@ -562,14 +566,14 @@ class ProxBDF(FixedProximal):
             weights, g = variable_coefficients(distances(dt, state.steps), dt)
             return combined(layout, weights, (y0, *state.past)), g
 
-        with torch.no_grad():
+        with quiet(self):
             steps = tuple(number(x) for x in state.steps)
             s = distances(size, steps)
             weights, g = variable_coefficients(s, size)
-            states = tuple(x.detach() for x in (y0, *state.past))
+            states = tuple(held(self, x) for x in (y0, *state.past))
             base = combined(layout, weights, states)
             terms = [combined(layout, part, states) for part in increments(s)]
-            scale = field.norm.scale(states[0])
+            scale = field.norm.scale(states[0].detach())
         start = lambda problem, evaluate: self._predict(problem, evaluate, states[0], terms)
         done = solve_stage(self, field, t0, dt, base, g, start, live, state.memory, active, scale)
         dense = FixedBDFDense(layout, dt, done.z, y0, state.past, state.steps, None, False)

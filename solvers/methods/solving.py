@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..optim import (
     INNER_OPTIMIZERS,
@@ -14,6 +15,7 @@ from ..optim import (
     InnerResult,
     Point,
     ProximalProblem,
+    UnrolledProblem,
     all_true,
     any_true,
     attach,
@@ -50,6 +52,31 @@ def check_inner_options(method: Any) -> None:
         INNER_OPTIMIZERS[method.fallback]
 
 
+def check_inner(method: Any, layout: Any) -> None:
+    """Raise what the inner solver has against this layout, ``ArgumentError`` where it can't be unrolled but should."""
+    inner = method.inner.chosen(layout)
+    if not method.implicit_diff and not inner.unrolls:
+        raise ArgumentError(
+            f"implicit_diff=False records the iterations of the inner solver, which {inner.name!r} does not allow: take "
+            "inner='fletcher_reeves' or 'nesterov', or leave implicit_diff=True"
+        )
+
+
+def unrolled(method: Any) -> bool:
+    """Whether gradients are recorded, and go through the inner iterations."""
+    return not getattr(method, "implicit_diff", True) and torch.is_grad_enabled()
+
+
+def quiet(method: Any) -> Any:
+    """The context in which a step's start is worked out: without gradients, unless they go through it."""
+    return torch.set_grad_enabled(unrolled(method))
+
+
+def held(method: Any, x: Tensor) -> Tensor:
+    """``x``, detached where what is made of it is only a start."""
+    return x if unrolled(method) else x.detach()
+
+
 def inner_named(inner: Any, auto: Any) -> Any:
     """The optimiser that ``inner`` means, ``auto`` for "auto".
 
@@ -73,7 +100,7 @@ def remembered(method: Any, layout: Any, y0: Tensor) -> Any:
 def _inners(method: Any, layout: Any) -> list[Any]:
     """The method's inner solver, and what serves where that fails; a Newton iteration has no need of the latter."""
     own = method.inner.chosen(layout)
-    name = getattr(method, "fallback", None)
+    name = getattr(method, "fallback", None) if getattr(method, "implicit_diff", True) else None
     return [own] if name is None or hasattr(own, "filtered") else [own, INNER_OPTIMIZERS[name].chosen(layout)]
 
 
@@ -100,11 +127,12 @@ def solve_stage(
             live: a and g again, with the gradients that they carry; called where gradients are recorded. scale: of the
             error norm, in units of y.
     """
+    if unrolled(method):
+        return _solve_unrolled(method, field, (t0, dt, node), g, start, live, memory, active, scale, tol or method.inner_tol)
     grad, inners = torch.is_grad_enabled(), _inners(method, field.layout)
     with torch.no_grad():
         (t1,) = field.times(number(t0), number(dt), (node,))
-        energy = potential(field.func, field.layout, field.args) if getattr(method, "energy", False) else None
-        problem = ProximalProblem(field, t1, base, g, field.norm, scale, energy)
+        problem = ProximalProblem(field, t1, base, g, field.norm, scale, _energy(method, field))
 
         def evaluate(z: Tensor) -> Point:
             with torch.set_grad_enabled(grad):
@@ -118,6 +146,24 @@ def solve_stage(
         if problem.depends or any(isinstance(x, Tensor) and x.requires_grad for x in (base, t0, dt, g)):
             z, calls = _recorded(method, field, (t0, dt, node), base, g, problem, found, inners[0]), calls + 2
     return Solved(z, found, problem, calls, status(problem, found))
+
+
+def _solve_unrolled(
+    method: Any, field: Any, place: tuple, g: Any, start: Start, live: Callable, memory: Any, active: Any, scale: Any, tol: float
+) -> Solved:
+    """The same with all iterations recorded."""
+    t0, dt, node = place
+    (t1,) = field.times(t0, dt, (node,))
+    base, size = live()
+    wide = field.layout.spread(size)
+    problem = UnrolledProblem(field, t1, base, number(g), field.norm, scale, _energy(method, field), wide=wide)
+    found = _found(method, problem, _inners(method, field.layout), start(problem, problem.evaluate), memory, active, tol)
+    found = found._replace(memory=tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, found.memory))
+    return Solved(found.z, found, problem, problem.calls, status(problem, found))
+
+
+def _energy(method: Any, field: Any) -> Any:
+    return potential(field.func, field.layout, field.args) if getattr(method, "energy", False) else None
 
 
 def _found(

@@ -17,6 +17,7 @@ from .base import (
 )
 from .energy import lower_of, lowered, merged, not_higher
 from .implicit import attach
+from .unrolled import UnrolledProblem
 
 __all__ = [
     "INNER_OPTIMIZERS",
@@ -28,6 +29,7 @@ __all__ = [
     "Point",
     "ProximalProblem",
     "StageProblem",
+    "UnrolledProblem",
     "all_true",
     "any_true",
     "attach",

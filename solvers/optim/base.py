@@ -311,6 +311,8 @@ class InnerOptimizer(ABC):
     rests: ClassVar[bool] = True
     """Whether a start is left alone whose residual is rounding. A correction that costs nothing more is better: what is left
     out at every step adds up, in single precision to hundreds of roundings."""
+    unrolls: ClassVar[bool] = False
+    """Whether its iterations can be recorded by autograd: all that is done with z and r are torch's operations."""
     patience: ClassVar[int] = 1000
     """Iterations for a step, where the user does not say how many."""
 

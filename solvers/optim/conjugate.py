@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -101,6 +101,8 @@ class ConjugateGradient(InnerOptimizer):
     lipschitz: float | None = None
     inner_stop: str = "residual"
     refresh: int = 50
+
+    unrolls: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_rate(self.rate, self.lipschitz, RATES)

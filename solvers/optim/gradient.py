@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +66,8 @@ class Descent(Evaluating):
     _: KW_ONLY
     rate: str | float = "constant"
     lipschitz: float | None = None
+
+    unrolls: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_rate(self.rate, self.lipschitz, ("constant",))
