@@ -203,7 +203,8 @@ def median_of(values: list[int | None]) -> float | None:
 
 @torch.no_grad()
 def smoothness(training: Training) -> float:
-    """Dirichlet energy of the last hidden state over its squared norm, features centred: 0 where all nodes are alike."""
+    """Dirichlet energy of x_i / sqrt(1 + d_i), x the last hidden state, over |x|^2 (Cai & Wang 2020): from 0, the limit of
+    deep GCNs, to 1."""
     model, features = training.model.eval(), training.data.features
     if isinstance(model, GraphDiffusion):
         try:
@@ -212,9 +213,10 @@ def smoothness(training: Training) -> float:
             return math.nan
     else:
         state = model.states(features, training.graph)[-2:][0]
-    state = state - state.mean(0)
+    graph = training.data.graph
     norm = float(state.square().sum())
-    return float(dirichlet_energy(training.data.graph, state)) / norm if norm > 0 else 0.0
+    scaled = state / (1 + graph.degree()).sqrt()[:, None]
+    return float(dirichlet_energy(graph, scaled)) / norm if norm > 0 else 0.0
 
 
 # --- many ------------------------------------------------------------------------------------------------------------

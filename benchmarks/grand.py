@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import grand_timing
-from .citation_models import GRAND, LAYERED, NORMS, TOLERANCES, VARIANTS
+from .citation_models import GRAND, LAYERED, NORMS, VARIANTS, solver
 from .citation_training import DATASETS, Job, Ledger, Run, campaign, protocol, spread
 from .published import PLANETOID, RANDOM
 from .registry import BENCHMARKS, Benchmark, BenchmarkError, Column, Option, Result, Settings, Table, unknown
@@ -102,9 +102,8 @@ def jobs_of(settings: Settings, model: str) -> list[Job]:
     seeds = options["seeds"]
     if settings.quick:
         epochs, seeds = min(epochs, 3), min(seeds, 2)
-    chosen: dict[str, Any] = {}
-    if settings.methods and model not in LAYERED:
-        chosen = {"method": settings.methods[0], **TOLERANCES}
+    method = settings.methods[0] if settings.methods else None
+    chosen = {} if model in LAYERED else solver(options["variant"], method)
     split, graph, norm = (options[name] for name in ("split", "graph", "norm"))
     recipe = replace(recipe, epochs=epochs)
     return [Job(options["dataset"], seed, model, graph, split, 20, norm, recipe, chosen) for seed in range(seeds)]

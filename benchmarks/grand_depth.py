@@ -69,7 +69,7 @@ def run(settings: Settings) -> Result:
             table.rows.append(row(model, depth, jobs[0], campaign(jobs, ledger)))
     table.notes = [
         "depth: T of GRAND by RK4 with steps of 1 (GRAND Fig. 2), layers of GCN",
-        "energy: Dirichlet energy of the last hidden state over its squared norm, features centred; 0: all nodes alike",
+        "energy: Dirichlet energy of x / sqrt(1 + d), x the last hidden state, over |x|^2 (Cai & Wang 2020); 0: all nodes alike",
         "published: Xia 2023, Table 4.1, GRAND-l by dopri5; GRAND's own figure has no numbers",
     ]
     tables = [table] if max(depths) <= 4 or min(depths) > 4 else [table, claims(table)]

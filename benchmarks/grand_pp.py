@@ -10,7 +10,7 @@ import torch
 
 from graphops.nn import SOURCES
 
-from .citation_models import GRAND, TOLERANCES
+from .citation_models import GRAND, solver
 from .citation_training import Job, Run, campaign, protocol, spread
 from .grand import OPTIONS, ledger_of, positive
 from .published import DEPTH, LABELS, NONLINEAR_DEPTH, NONLINEAR_LABELS
@@ -111,10 +111,8 @@ def jobs_of(settings: Settings, cell: Cell, source: str | None) -> list[Job]:
     splits = options["splits"] or (1 if settings.quick else 20 if settings.full else SPLITS[variant])
     epochs = options["epochs"] or (2 if settings.quick else EPOCHS[variant])
     recipe = replace(GRAND[options["dataset"]], time=cell.time, epochs=epochs, patience=PATIENCE)
-    chosen: dict[str, Any] = {"source": source}
-    if settings.methods:
-        chosen |= {"method": settings.methods[0], **TOLERANCES}
-    elif variant == "l" and cell.time > 100:
+    chosen = {"source": source, **solver(variant, settings.methods[0] if settings.methods else None)}
+    if chosen["method"] == "exp_linear" and cell.time > 100:
         chosen["krylov_dim"] = 200  # uniformisation in one step; it needs no more products than it uses
     common = (f"grand-{variant}", options["graph"], "random", cell.labels, options["norm"], recipe, chosen)
     return [Job(options["dataset"], seed, *common) for seed in range(splits)]

@@ -41,9 +41,9 @@ PEER = "torchdiffeq dopri5, gathers"
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "l": {"exp_linear": {}, "dopri5, checkpoint": {"method": "dopri5", "adjoint": "checkpoint"}, PEER: {}},
     "nl": {
-        "dopri5, checkpoint": {"method": "dopri5", "adjoint": "checkpoint", **TOLERANCES},
-        "dopri5, backprop": {"method": "dopri5", "adjoint": "backprop", **TOLERANCES},
-        "rkc2, backprop": {"method": "rkc2"},
+        "dopri5, checkpoint": {"method": "dopri5", "adjoint": "checkpoint"},
+        "dopri5, backprop": {"method": "dopri5", "adjoint": "backprop"},
+        "rkc2, backprop": {"method": "rkc2", "rtol": 1e-3, "atol": 1e-3},
         PEER: {},
     },
 }

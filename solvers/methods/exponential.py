@@ -54,9 +54,10 @@ class ExpLinear(Method):
     """y1 = y0 + dt phi_1(dt L) (L y0 + b): the exact solution of a :class:`~solvers.LinearField`, as far as products with L tell.
 
     Symmetric L: Lanczos' short recurrence. ``rate``, where L + rate I = rate P with stochastic P: uniformisation,
-    sum_k P(N > k) P^k f0 / rate with N Poisson of mean rate dt, whose terms are never larger than the first. Otherwise
-    Arnoldi. The estimate is that of the Krylov space, or the bound of the terms left out; a step is as long as the solve or
-    as ``krylov_dim`` vectors reach, and outputs inside it cost no product.
+    sum_k P(N > k) P^k f0 / rate with N Poisson of mean rate dt, whose terms are never larger than the first (in the maximum
+    norm or, where the columns of P are shares, the 1-norm). Otherwise Arnoldi. The estimate is that of the Krylov space, or
+    the bound of the terms left out; a step is as long as the solve or as ``krylov_dim`` vectors reach, and outputs inside it
+    cost no product.
 
     Gradients are those of the solution, once differentiable for Krylov spaces (again for uniformisation): the backward pass
     builds a space of L^T for every output, and has the derivative of every product that the forward pass made.
