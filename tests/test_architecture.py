@@ -52,7 +52,9 @@ SHARED_IN_FOLDER: dict[str, set[str]] = {
         "backward_weights", "solving",
     },
     "solvers.control": {"base"},
-    "solvers.optim": {"base", "linesearch", "evaluating", "secant", "implicit", "curvature", "jacobian", "linearisation"},
+    "solvers.optim": {
+        "base", "linesearch", "evaluating", "secant", "implicit", "curvature", "jacobian", "linearisation", "precondition",
+    },
     "solvers.adjoint": {"base", "capture", "whole"},
     "graphops.backends": {"base"},
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import pytest
 import torch
+from scipy.integrate import solve_ivp
 
 from solvers import Event, Jump, StiffnessWarning, solve
 
@@ -173,6 +175,36 @@ def test_groups_of_unequal_size_give_what_each_gives_alone():
         rows = index == group
         alone = solve(oscillators, y0[rows], [0.0, 20.0], method="auto", args=(mu[rows],), rtol=1e-5, atol=1e-8)
         assert (alone.y[-1] - both.y[-1][rows]).abs().max() < 1e-4
+
+
+def spoiled(t, y, mu, bad):
+    return van_der_pol(t, y, mu) + bad.unsqueeze(-1) * 1e3 * y**3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["prox_bdf", "auto"])
+def test_512_oscillators_in_one_call_each_to_its_own_tolerance(method):
+    mu, rtol = torch.logspace(0, 3, 512, dtype=D), torch.logspace(-4, -6, 512, dtype=D).unsqueeze(1)
+    y0, bad = torch.tensor([2.0, 0.0], dtype=D).repeat(512, 1), torch.zeros(512, dtype=D)
+    t, how = [0.0, 20.0], {"method": method, "batch_dim": 0}
+    one = solve(spoiled, y0, t, rtol=rtol, atol=1e-3 * rtol, args=(mu, bad), **how)
+    for i in (0, 100, 250, 400, 511):
+        mine = slice(i, i + 1)
+        args = (mu[mine], bad[mine])
+        alone = solve(spoiled, y0[mine], t, rtol=rtol[mine], atol=1e-3 * rtol[mine], args=args, **how)
+        assert torch.equal(alone.y[:, 0], one.y[:, i])
+        f = functools.partial(scipy_oscillator, mu=float(mu[i]))
+        reference = torch.from_numpy(solve_ivp(f, (0.0, 20.0), [2.0, 0.0], "Radau", rtol=1e-9, atol=1e-12).y[:, -1])
+        assert ((one.y[-1, i] - reference).abs() / (reference.abs() + 1e-3)).max() < 1000 * rtol[i]
+    bad[200] = 1.0
+    other = solve(spoiled, y0, t, rtol=rtol, atol=1e-3 * rtol, args=(mu, bad), throw=False, **how)
+    rest = bad == 0
+    assert other.status[200] >= 10
+    assert torch.equal(other.y[:, rest], one.y[:, rest])
+
+
+def scipy_oscillator(t, y, mu):
+    return [y[1], mu * (1 - y[0] * y[0]) * y[1] - y[0]]
 
 
 # --- across a change -------------------------------------------------------------------------------------------------

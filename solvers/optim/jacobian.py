@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..status import ArgumentError, ArgumentTypeError
-from .base import StageProblem
+from .base import Point, StageProblem
 
 GIVEN, EXACT, DIFFERENCED, COLOURED = "jac", "autograd", "differences", "coloured differences"
 SMALL = 1e-3
@@ -173,3 +173,20 @@ def coloured(problem: StageProblem, pattern: Pattern, t: Tensor, y: Tensor) -> A
         matrix.data[here] = change[pattern.csc.indices[here]] / (shifted - start)[pattern.columns[here]]
     problem.algebra.how = COLOURED
     return matrix
+
+
+def diagonal(problem: StageProblem, t: Tensor, y: Tensor, probes: int) -> Tensor:
+    """About the diagonal of J, like ``y``: the mean of s * (J s) over vectors s of random signs (Hutchinson 1989; Bekas,
+    Kokiopoulou & Saad 2007, Appl. Numer. Math. 57), one forward difference each, and one call for f itself. The signs are
+    always the same, and a sample's do not depend on its place."""
+    layout, total = problem.layout, torch.zeros_like(y)
+    base, shape = _call(problem, t, y), layout.gather(y).shape
+    random = torch.Generator().manual_seed(0)
+    point = Point(y, base)
+    for _ in range(probes):
+        signs = (torch.randint(0, 2, shape[-1:], generator=random) * 2 - 1).to(y)
+        s = signs if layout.joint else layout.scatter(signs.expand(shape))
+        step = layout.spread(problem.difference_step(point, s))
+        total = total + s * (_call(problem, t, y + step * s) - base) / step
+    problem.algebra.how = DIFFERENCED
+    return total / probes

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..linalg import gmres, minres
-from ..status import ArgumentError
+from ..status import ArgumentError, UnsupportedError
 from .base import INNER_OPTIMIZERS, ROUNDING, InnerOptimizer, InnerStep, Point, StageProblem, any_true
 from .linesearch import waves
+from .precondition import NAMES, Preconditioner, check
 
 KRYLOV = ("auto", "minres", "gmres")
 FORCING = 0.5
@@ -33,12 +34,13 @@ SYMMETRIC = 30.0
 
 
 class KrylovMemory(NamedTuple):
-    """bend: part of a correction that came back as residual, by nonlinearity (0: not seen yet). rho: the largest |J v| / |v|
+    """precond: the preconditioner with what it keeps, or None. bend: part of a correction that came back as residual, by nonlinearity (0: not seen yet). rho: the largest |J v| / |v|
     seen (1/time). symmetric: whether J is (1: yes, -1: no, 0: unknown)."""
 
     bend: Any
     rho: Any
     symmetric: Any
+    precond: Any = None
 
 
 class KrylovState(NamedTuple):
@@ -67,6 +69,10 @@ class NewtonKrylov(InnerOptimizer):
     Args:
         krylov: "minres", "gmres", or "auto", which tests with two products whether J is symmetric, and goes over to GMRES
             for good where MINRES does not converge.
+        precond: nearly the inverse of I - g J, for GMRES: a callable ``(t, y, g, v)``, g the scaled step; "jacobi", the
+            diagonal of J by random probes (exact with ``jac_sparsity``): for graphs with hubs and other J of uneven rows;
+            "ilu", an incomplete LU of J by ``jac_sparsity``, joint mode. A diagonal, or J, serves 50 systems.
+        jac_sparsity: a scipy matrix or an array, 0 where the Jacobian always is, ``(N, N)``; joint mode.
         restart: vectors of GMRES before it starts again. krylov_iters: products for one linear system.
     """
 
@@ -74,6 +80,8 @@ class NewtonKrylov(InnerOptimizer):
     krylov: str = "auto"
     restart: int = 50
     krylov_iters: int = 500
+    precond: Any = None
+    jac_sparsity: Any = None
 
     refresh: ClassVar[int] = 1 << 30  # type: ignore[misc]  # no residual is carried along
     rests: ClassVar[bool] = False
@@ -82,16 +90,27 @@ class NewtonKrylov(InnerOptimizer):
     def __post_init__(self) -> None:
         if self.krylov not in KRYLOV:
             raise ArgumentError(f"krylov must be one of {', '.join(KRYLOV)}, found {self.krylov!r}")
+        check(self.precond, self.jac_sparsity)
         for option in ("restart", "krylov_iters"):
             if not getattr(self, option) >= 1:
                 raise ArgumentError(f"{option} must be at least 1, found {getattr(self, option)}")
 
+    def chosen(self, layout: Any) -> InnerOptimizer:
+        if self.precond in NAMES and layout.dtype.is_complex:
+            raise UnsupportedError(f"precond={self.precond!r} serves real states, found {layout.dtype}")
+        if self.jac_sparsity is not None and not layout.joint:
+            raise UnsupportedError("jac_sparsity serves joint mode: leave batch_dim and batch_index away")
+        return self
+
     def remember(self, layout: Any, y0: Tensor) -> KrylovMemory:
         known = {"auto": 0, "minres": 1, "gmres": -1}[self.krylov]
+        precond = None
+        if self.precond is not None:
+            known, precond = -1, Preconditioner(self.precond, self.jac_sparsity)
         if layout.joint:
-            return KrylovMemory(0.0, 0.0, known)
+            return KrylovMemory(0.0, 0.0, known, precond)
         zero = torch.zeros(layout.batch, dtype=torch.float64, device=layout.device)
-        return KrylovMemory(zero, zero, torch.full_like(zero, known, dtype=torch.int64))
+        return KrylovMemory(zero, zero, torch.full_like(zero, known, dtype=torch.int64), precond)
 
     def init(self, problem: Any, point: Point, running: Any, memory: KrylovMemory) -> KrylovState:
         zero = 0.0 if problem.layout.joint else torch.zeros_like(running, dtype=problem.layout.real_dtype)
@@ -163,14 +182,17 @@ class NewtonKrylov(InnerOptimizer):
             symmetric = ops.where(failed, -1, symmetric)
         rest = running & (symmetric != 1)
         if any_true(rest):
-            other, residual, unsolved = self._gmres(problem, first, point, rest, enough)
+            other, residual, unsolved = self._gmres(problem, first, point, rest, enough, memory.precond)
             x, left = problem.keep(rest, other, x), problem.keep(rest, residual, left)
         rho = ops.maximum(memory.rho, ops.where(running, first.rho(), 0.0))
         curvature = 1.0 + abs(problem.g) * rho
         state = state._replace(memory=memory._replace(rho=rho, symmetric=symmetric), curvature=curvature)
         return x, left, state, ops.invert(unsolved)
 
-    def _gmres(self, problem: Any, first: _First, point: Point, running: Any, enough: Any) -> tuple[Tensor, Tensor, Any]:
+    def _gmres(
+        self, problem: Any, first: _First, point: Point, running: Any, enough: Any, precond: Preconditioner | None = None
+    ) -> tuple[Tensor, Tensor, Any]:
+        near = None if precond is None else precond.at(problem, point)
         scale = problem.scales if problem.coupled else problem.scale
         b = point.r / scale
         # The Euclidean norm of a scaled vector is this multiple of its error norm.
@@ -178,7 +200,7 @@ class NewtonKrylov(InnerOptimizer):
         unit = problem.ops.where(length > 0, length / problem.ops.maximum(problem.norm(point.r), 1e-300), 1.0)
         x, left, unsolved = gmres(
             lambda v: first.product(scale * v) / scale, b, problem, enough * unit, running=running, restart=self.restart,
-            max_iters=self.krylov_iters,
+            max_iters=self.krylov_iters, precond=None if near is None else lambda v: near(scale * v) / scale,
         )  # fmt: skip
         return scale * x, scale * left, unsolved
 
