@@ -34,8 +34,9 @@ SYMMETRIC = 30.0
 
 
 class KrylovMemory(NamedTuple):
-    """precond: the preconditioner with what it keeps, or None. bend: part of a correction that came back as residual, by nonlinearity (0: not seen yet). rho: the largest |J v| / |v|
-    seen (1/time). symmetric: whether J is (1: yes, -1: no, 0: unknown)."""
+    """precond: the preconditioner with what it keeps, or None. bend: part of a correction that came back as residual, by
+    nonlinearity (0: not seen yet). rho: the largest |J v| / |v| seen (1/time). symmetric: whether J is (1: yes, -1: no, 0:
+    unknown)."""
 
     bend: Any
     rho: Any
