@@ -17,7 +17,16 @@ from .stiff_problems import StiffProblem
 NOTHING = 1e-15
 """A relative tolerance beside which the absolute one is all there is."""
 
-__all__ = ["Exponential", "FixedRun", "discrete_adjoint", "exponential", "fixed_run", "implicit_gradient", "multistage_order"]
+__all__ = [
+    "Exponential",
+    "FixedRun",
+    "discrete_adjoint",
+    "exponential",
+    "fixed_run",
+    "graph_step",
+    "implicit_gradient",
+    "multistage_order",
+]
 
 
 # -- fixed steps ------------------------------------------------------------------------------------------------------
@@ -321,3 +330,31 @@ def discrete_adjoint(name: str, backward: float, rtol: float = 1e-5) -> AdjointR
 def multistage_order(order: int) -> float:
     """Observed on a nonlinear system of two equations."""
     return observed_order(errors_of(Variant(f"prox_multistage{order}", order), SPAN, 200))
+
+
+def graph_step(nodes: int = 5000, g: float = 10.0, **options: Any) -> int | None:
+    """Evaluations of one step of backward Euler of size ``g`` on the Laplacian of a power-law graph, by Newton and MINRES or
+    GMRES to 1e-6 of the first residual; None where the inner solver has no such option."""
+    from solvers import solve
+    from solvers.optim import INNER_OPTIMIZERS
+
+    if not all(hasattr(INNER_OPTIMIZERS["newton_krylov"], name) for name in options):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    share = torch.arange(1, nodes + 1, dtype=torch.float64) ** -0.8
+    one, other = (torch.multinomial(share, 4 * nodes, replacement=True, generator=generator) for _ in range(2))
+    one, other = one[one != other], other[one != other]
+    source, target = torch.cat([one, other]), torch.cat([other, one])
+    degree = torch.zeros(nodes, dtype=torch.float64).index_add(0, target, torch.ones(len(target), dtype=torch.float64))
+
+    def field(t: Any, y: Tensor) -> Tensor:
+        return torch.zeros_like(y).index_add(0, target, y[source]) - degree * y
+
+    y0 = torch.randn(nodes, generator=generator, dtype=torch.float64)
+    enough = 1e-6 * g * float(field(None, y0).norm()) / math.sqrt(nodes)
+    with torch.no_grad():
+        found = solve(
+            field, y0, (0.0, g), method="prox_euler", num_steps=1, inner="newton_krylov", rtol=NOTHING, atol=enough,
+            inner_tol=1.0, **options,
+        )  # fmt: skip
+    return int(found.stats.nfe)

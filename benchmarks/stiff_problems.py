@@ -67,7 +67,7 @@ def made(
     y0 = y0.double()
     if reference is None:
         reference, notes = stored(name, y0, len(times) - 1)
-    more = {"steps": (), "budget": 20.0, "notes": notes, **more}
+    more = {"steps": (), "budget": 10.0, "notes": notes, **more}
     return StiffProblem(name, title, field, y0, times, reference, rtol=0.0, atol=0.0, **more).at(1e-5)
 
 

@@ -46,7 +46,7 @@ COMMON = [
 TABLE = [
     *COMMON,
     Column("thesis", "thesis: final error", "error"),
-    Column("error", "final error, t = 1", "error"),
+    Column("error", "final error", "error"),
     Column("middle", "error at t = 0.1", "error"),
     Column("evaluations", "evaluations", "count"),
     Column("ended", "ended"),
@@ -123,7 +123,7 @@ def run_table(settings: Settings) -> Result:
 
 def failing(rows: list[dict[str, Any]]) -> list[str]:
     """Which schemes diverge at the thesis' rate."""
-    literal = [found for found in rows if found["rate"] == "0.1"]
+    literal = [found for found in rows if found.get("rate") == "0.1"]
     bad = dict.fromkeys(found["scheme"] for found in literal if found["ended"] != "done")
     good = dict.fromkeys(found["scheme"] for found in literal if found["ended"] == "done")
     return [f"eta = 0.1 diverges for {', '.join(bad) or 'none'}; converges for {', '.join(good) or 'none'}"]
