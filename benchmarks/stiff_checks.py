@@ -42,7 +42,10 @@ class FixedRun:
 
 
 def fixed_run(problem: StiffProblem, method: str, steps: int, inner_tol: float, **options: Any) -> FixedRun:
-    """``steps`` equal steps of a proximal method whose inner solver stops at a residual of Euclidean length ``inner_tol``."""
+    """``steps`` equal steps of a proximal method whose inner solver stops at a residual of Euclidean length ``inner_tol``.
+
+    By f alone: an energy that the field has is not used, as none is in the thesis.
+    """
     from solvers import Status, solve
 
     absolute = inner_tol / math.sqrt(problem.y0.numel())  # of the root mean square
@@ -50,7 +53,7 @@ def fixed_run(problem: StiffProblem, method: str, steps: int, inner_tol: float, 
     with torch.no_grad():
         found = solve(
             problem.field, problem.y0, times, method=method, num_steps=steps, rtol=NOTHING, atol=absolute, inner_tol=1.0,
-            throw=False, max_steps=10**7, **options,
+            energy=False, throw=False, max_steps=10**7, **options,
         )  # fmt: skip
     status = Status(int(found.status))
     if status != Status.SUCCESS:

@@ -132,7 +132,7 @@ def our_cases(problem: StiffProblem, settings: Settings, tolerances: tuple[float
         for tolerance in sorted({*tolerances, *judged}, reverse=True):
             cases.append(Case(ours.label, tolerance, partial(attempt, problem.at(tolerance), ours, processor(budget))))
     steps = () if settings.quick and settings.methods is None else problem.steps
-    fixed = [Ours(name, count) for name in names if name in FIXED for count in steps]
+    fixed = [Ours(name, count, options={"energy": False}) for name in names if name in FIXED for count in steps]
     return cases + [Case(ours.label, None, partial(attempt, problem.at(USUAL), ours, processor(budget))) for ours in fixed]
 
 
