@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -260,17 +261,21 @@ def implicit_gradient(name: str, method: str, tol: float, backward: float) -> Gr
     field = Counted(case)
     theta, y0 = case.theta.clone().requires_grad_(), case.y0.clone().requires_grad_()
     options = fixed_options(method, case, tol, backward)
-    y, memory = kept(lambda: solved(field, case, theta, y0, **options))
+    y = solved(field, case, theta, y0, **options)
     calls = field.calls
     gradient, _ = torch.autograd.grad(loss(case, y), (theta, y0))
     error = abs(float((gradient * direction).sum()) - slope) / abs(slope)
+    # The same gradient from the states alone, f evaluated again on the way back.
+    _, memory = kept(lambda: solved(case.field, case, theta, y0, adjoint="checkpoint", **options))
     _, unrolled = kept(lambda: chebyshev_loop(case, theta, y0, 1e-6))
     return Gradient(error, calls, field.pulls, memory, unrolled)
 
 
 def kept(run: Callable[[], Tensor]) -> tuple[Tensor, int]:
-    """The result, and the bytes that autograd keeps for its backward pass."""
+    """The result, and the bytes that are kept for its backward pass: by autograd, and in tensors that Python holds."""
     seen: dict[int, int] = {}
+    gc.collect()
+    before = {x.untyped_storage().data_ptr() for x in gc.get_objects() if type(x) is Tensor}
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
@@ -279,6 +284,9 @@ def kept(run: Callable[[], Tensor]) -> tuple[Tensor, int]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         y = run()
+    gc.collect()
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in gc.get_objects() if type(x) is Tensor}
+    seen |= {place: size for place, size in held.items() if place not in before}
     return y, sum(seen.values())
 
 
