@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from solvers import ArgumentError, Status, solve
+from solvers import ArgumentError, Status, optim, solve
 from solvers.field import Field
 from solvers.layout import Layout
 from solvers.norms import ErrorNorm
@@ -271,3 +273,24 @@ def test_bad_options(options, words):
     with pytest.raises(ArgumentError) as caught:
         solve(lambda t, y: pytest.fail("f was called"), torch.ones(2, dtype=D), [0, 1], method="prox_euler", dt=0.1, **options)
     assert all(word in str(caught.value) for word in words)
+
+
+def test_the_example_of_the_guide_runs_and_solves():
+    """A reader's own inner solver, as the page shows it: what it gives is what the others give, in both modes."""
+    text = (Path(optim.__file__).parent / "README.md").read_text(encoding="utf-8")
+    names: dict = {}
+    try:
+        for block in re.findall(r"```python\n(.*?)```", text, re.S):
+            exec(block, names)
+        assert names["sol"].stats.inner == ("barzilai_borwein",)
+        y0 = torch.randn(24, dtype=D)
+        for how in ({}, {"batch_dim": 0}):
+            start = y0 if not how else y0.view(2, 12)
+            _, found = run("barzilai_borwein", flip, start, 0.5 if not how else torch.full((2,), 0.5, dtype=D), **how)
+            _, exact = run("newton", flip, start, 0.5 if not how else torch.full((2,), 0.5, dtype=D), **how, tol=1e-3)
+            assert bool(torch.as_tensor(found.converged).all())
+            torch.testing.assert_close(found.z, exact.z, rtol=0, atol=3e-7)
+        _, found = run("barzilai_borwein", GRID["no solution: repulsion"], torch.ones(6, dtype=D), 1.0)
+        assert not found.converged
+    finally:
+        INNER_OPTIMIZERS._items.pop("barzilai_borwein", None)

@@ -148,37 +148,41 @@ def test_backsolve_by_the_same_proximal_method_where_it_is_stable():
 # --- what can be learnt ----------------------------------------------------------------------------------------------
 
 
+def fitted(observed, start, rounds):
+    """Parameters by Gauss-Newton steps on the logarithms, a row of gradients for each observation."""
+    log_p = start.log().requires_grad_()
+    for _ in range(rounds):
+        left = observed(log_p.exp())
+        rows = torch.stack([torch.autograd.grad(x, log_p, retain_graph=True)[0] for x in left])
+        change = torch.linalg.lstsq(rows, -left.detach().unsqueeze(-1)).solution.squeeze(-1)
+        log_p = (log_p.detach() + change.clamp(-1, 1)).requires_grad_()
+    return log_p.detach().exp()
+
+
 @pytest.mark.slow
 def test_two_rates_of_robertson_are_recovered():
-    """From the logarithms of rates wrong by factors of 2 and 3 to 1 %, by Gauss-Newton steps on gradients of the solve."""
+    """From factors of 2 and 3 away to 1 %, by what is left of the first substance at three times."""
     true = torch.tensor([0.04, 1e4], dtype=D)
-    times = torch.tensor([0.0, 0.4, 4.0, 40.0, 400.0], dtype=D)
+    times = torch.tensor([0.0, 0.4, 4.0, 40.0], dtype=D)
     y0 = torch.tensor([1.0, 0.0, 0.0], dtype=D)
-    scale = torch.tensor([1.0, 1e4, 1.0], dtype=D)
 
     def field(t, y, k):
         a, b, c = y.unbind(-1)
         one, two, three = k[0] * a, k[1] * b * c, 3e7 * b**2
         return torch.stack([two - one, one - two - three, three], -1)
 
-    def observed(log_k, **how):
-        sol = solve(field, y0, times, method="prox_bdf", args=(log_k.exp(),), rtol=1e-6, atol=1e-10, **how)
-        return (sol.y[1:] * scale).flatten()
+    def run(k):
+        return solve(field, y0, times, method="prox_bdf", args=(k,), rtol=1e-6, atol=1e-10).y[1:, 0]
 
     with torch.no_grad():
-        data = observed(true.log(), inner_tol=0.01)
-    log_k = (true * torch.tensor([2.0, 1 / 3], dtype=D)).log().requires_grad_()
-    for _ in range(8):
-        y = observed(log_k, adjoint="checkpoint")
-        rows = [torch.autograd.grad(x, log_k, retain_graph=True)[0] for x in y]
-        change = torch.linalg.lstsq(torch.stack(rows), (data - y.detach()).unsqueeze(-1)).solution.squeeze(-1)
-        log_k = (log_k + change.clamp(-1, 1)).detach().requires_grad_()
-    assert float((log_k.exp() / true - 1).abs().max()) < 1e-2
+        data = run(true)
+    found = fitted(lambda k: run(k) - data, true * torch.tensor([2.0, 1 / 3], dtype=D), 5)
+    assert float((found / true - 1).abs().max()) < 1e-2
 
 
 @pytest.mark.slow
 def test_a_reaction_diffusion_field_is_recovered():
-    """u' = a Lap u + b u (1 - u) at L = 1 + dt rho = 60, from its values at three times, by Adam on gradients of prox_bdf2."""
+    """u' = a Lap u + b u (1 - u) at L = 1 + dt rho = 4.7, from its values at four points and two times, by prox_bdf2."""
     n, true = 48, torch.tensor([0.8, 3.0], dtype=D)
     x = torch.arange(n, dtype=D) / n
     y0 = 0.5 + 0.3 * torch.sin(2 * torch.pi * x) + 0.1 * torch.cos(6 * torch.pi * x)
@@ -188,16 +192,10 @@ def test_a_reaction_diffusion_field_is_recovered():
         return p[0] * 0.01 * lap + p[1] * u * (1 - u)
 
     def run(p):
-        return solve(field, y0, [0.0, 0.3, 0.6, 1.0], method="prox_bdf2", dt=0.05, args=(p,), rtol=1e-6, atol=1e-8).y[1:]
+        y = solve(field, y0, [0.0, 0.3, 0.6], method="prox_bdf2", dt=0.05, args=(p,), rtol=1e-6, atol=1e-8).y
+        return y[1:, ::12].flatten()
 
     with torch.no_grad():
         data = run(true)
-    log_p = torch.tensor([2.0, 1.0], dtype=D).log().requires_grad_()
-    optimiser = torch.optim.Adam([log_p], lr=0.1)
-    for i in range(150):
-        optimiser.zero_grad()
-        loss = (run(log_p.exp()) - data).square().sum()
-        loss.backward()
-        optimiser.step()
-        optimiser.param_groups[0]["lr"] = 0.1 * 0.98**i
-    assert float((log_p.detach().exp() / true - 1).abs().max()) < 1e-2
+    found = fitted(lambda p: run(p) - data, torch.tensor([2.0, 1.0], dtype=D), 6)
+    assert float((found / true - 1).abs().max()) < 1e-2
