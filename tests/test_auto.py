@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
+from benchmarks import stiff_problems
 from solvers import Event, Jump, StiffnessWarning, solve
 
 D = torch.float64
@@ -79,6 +80,14 @@ def test_a_stiff_problem_is_found_and_solved_by_few_evaluations(tol):
     assert sum(s.stats.nfe_by_method.values()) == f.calls - 2
     assert f.calls < 1200  # dopri5 alone: 90,000
     assert (s.y[1] - kaps_exact(1.0)).abs().max() < 20 * tol
+
+
+def test_a_stiff_mode_of_small_components_is_seen_at_tight_tolerances():
+    problem = stiff_problems.hires().at(1e-7)
+    t = torch.tensor([0.0, 321.8122], dtype=D)
+    s = solve(problem.field, problem.y0, t, method="auto", rtol=problem.rtol, atol=problem.atol)
+    # In the Euclidean norm, which larger components rule, it is not seen before 3500.
+    assert s.stats.nfe_by_method["dopri5"] < 1200
 
 
 @pytest.mark.parametrize("tol", [1e-5, 1e-7])

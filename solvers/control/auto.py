@@ -9,8 +9,8 @@ from .base import CONTROLLERS, Controller, Decision
 
 EXPLICIT = 0
 """The order that stands for explicit steps."""
-STIFF = 0.6
-"""Share of the limit of stability that explicit steps keep to where stability, not accuracy, limits them."""
+STIFF = 0.5
+"""Share of the limit of stability that explicit steps come near to where stability, not accuracy, limits them."""
 STIFF_STEPS = 10
 """Such steps from which on the problem is stiff."""
 MILD_STEPS = 6

@@ -207,7 +207,7 @@ class Auto(Method):
         if one is not None:
             own = self.explicit_method.ratio(norm, y0, one)
             none = own * 0.0 + math.inf
-            found.append((none, own, none, self.explicit_method.stiffness(layout, one)))
+            found.append((none, own, none, self.explicit_method.stiffness(layout, norm.scale(y0, one.y1), one)))
         if other is not None:
             inner = self.stiff_method.inner.chosen(layout)
             size = abs(number(other.dense.dt))

@@ -188,14 +188,15 @@ class RungeKutta(TableauMethod):
             factor = factor * (powers - n)
         return factor * theta.unsqueeze(-1) ** (powers - derivative).clamp(min=0) @ P[:, :stages]
 
-    def stiffness(self, layout: Any, out: StepOut) -> Any:
+    def stiffness(self, layout: Any, scale: Tensor, out: StepOut) -> Any:
         """dt times the largest |lambda| that the step has met, float or ``(B,)``, where the last two stages are both at its end
-        and belong to almost the same state (Hairer & Wanner II, IV.2)."""
+        and belong to almost the same state (Hairer & Wanner II, IV.2); in units of ``scale``, in which the modes that limit the
+        step stand out from the larger ones that do not."""
         before, last = self.tableau.a[-2:]
         change = tuple(b - a for a, b in zip((*before, 0.0), last, strict=True))
         slopes = (*(0.0 for _ in before), -1.0, 1.0)
         stages, dt = out.dense.stages, out.dense.dt
-        return stiffness(layout, stages.error(dt, change), stages.error(dt, slopes))
+        return stiffness(layout, stages.error(dt, change) / scale, stages.error(dt, slopes) / scale)
 
     def ratio(self, norm: Any, y0: Tensor, out: StepOut) -> Any:
         dt, stages, rows = out.error.dt, out.error.stages, self.tableau.b_error
