@@ -273,6 +273,7 @@ class Bar:
         self.bar.console.print(
             f"{job.dataset} {job.model}, {time}{labels}seed {job.seed}: {result if run.status == 'done' else run.status}",
             highlight=False,
+            soft_wrap=True,
         )
 
 

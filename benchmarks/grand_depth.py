@@ -28,7 +28,7 @@ COLUMNS = [
     Column("seconds", "CPU a run", "seconds"),
     Column("status", "failed runs"),
 ]
-CLAIMS = [Column("model", "model"), Column("shallow", "best up to 4", "number"), Column("deep", "best above", "number"),
+CLAIMS = [Column("model", "model"), Column("shallow", "best up to 4", "number"), Column("deep", "at the deepest", "number"),
           Column("loss", "lost", "number"), Column("claim", "claim"), Column("verdict", "holds")]  # fmt: skip
 DEPTHS = (1, 2, 4, 8, 16, 32)
 MODELS = ("GRAND-l", "GCN", "GCN, residual")
