@@ -68,7 +68,7 @@ def run(data, tmp_path):
 # --- each benchmark --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["l", "nl", "nl-rw"])
+@pytest.mark.parametrize("variant", ["l", "nl", pytest.param("nl-rw", marks=pytest.mark.slow)])
 def test_grand_lists_every_seed_beside_what_is_printed(run, variant):
     models = ("gcn", "gat", "sage") if variant == "l" else ()
     record = run("grand", "--quick", "--variant", variant, "--models", ",".join(models), "--seeds", "2")
