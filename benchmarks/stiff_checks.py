@@ -271,11 +271,16 @@ def implicit_gradient(name: str, method: str, tol: float, backward: float) -> Gr
     return Gradient(error, calls, field.pulls, memory, unrolled)
 
 
+def tensors() -> list[Tensor]:
+    """Those that Python holds and that have a storage of their own, as sparse ones have not."""
+    return [x for x in gc.get_objects() if type(x) is Tensor and x.layout is torch.strided]
+
+
 def kept(run: Callable[[], Tensor]) -> tuple[Tensor, int]:
     """The result, and the bytes that are kept for its backward pass: by autograd, and in tensors that Python holds."""
     seen: dict[int, int] = {}
     gc.collect()
-    before = {x.untyped_storage().data_ptr() for x in gc.get_objects() if type(x) is Tensor}
+    before = {x.untyped_storage().data_ptr() for x in tensors()}
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
@@ -285,7 +290,7 @@ def kept(run: Callable[[], Tensor]) -> tuple[Tensor, int]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         y = run()
     gc.collect()
-    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in gc.get_objects() if type(x) is Tensor}
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors()}
     seen |= {place: size for place, size in held.items() if place not in before}
     return y, sum(seen.values())
 
