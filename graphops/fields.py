@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import segment
-from .attention import SCORES, Attention, normalise
+from .attention import SCORES, Attention, averaged, normalise
 from .autograd import hidden
 from .calculus import check_nodes, check_square
 from .errors import ArgumentError, ArgumentTypeError, unknown_name
@@ -172,7 +172,7 @@ class ClusterAttention(nn.Module):
         q, k = (part(means).unflatten(1, (self.heads, self.width)).transpose(0, 1) for part in (self.query, self.key))
         table = (q @ k.mT / math.sqrt(self.width)).softmax(2).permute(1, 2, 0)
         scores = table[groups.index[graph.target], groups.index[graph.source]]
-        return normalise(graph, scores, self.normaliser, self.over).mean(1)
+        return averaged(normalise(graph, scores, self.normaliser, self.over))
 
 
 ATTENTIONS = (*SCORES, "dorsey")

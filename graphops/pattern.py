@@ -23,6 +23,12 @@ def narrow(index: Tensor, largest: int) -> Tensor:
     return index.int() if largest <= INT32_LIMIT else index.long()
 
 
+def inverted(permutation: Tensor) -> Tensor:
+    """The place of each number in ``permutation`` ``(N,)``, in its dtype."""
+    every = torch.arange(permutation.numel(), dtype=permutation.dtype, device=permutation.device)
+    return torch.empty_like(permutation).scatter_(0, permutation.long(), every)
+
+
 class Segments:
     """E elements, each in one of ``size`` segments; ``index`` ``(E,)`` names the segment of each, in any order.
 
@@ -95,7 +101,7 @@ class Segments:
         """Stored place of each element, ``(E,)``; None where the index is sorted as it came."""
         if self.order is None:
             return None
-        return torch.empty_like(self.order).scatter_(0, self.order, torch.arange(self.count, device=self.device))
+        return inverted(self.order)
 
     @cached_property
     def pointers(self) -> Tensor:
@@ -178,10 +184,7 @@ class Pattern:
             starts = heads * self.rows.pointers[:-1, None] + head * self.rows.counts[:, None]
             pointers = torch.cat([starts.reshape(-1), starts.new_full((1,), heads * self.rows.count)])
             columns = self.columns.index[:, None] * heads + head
-            if heads == 1:
-                neighbours = self.rows.stored(columns.reshape(-1))
-            else:
-                neighbours = columns.reshape(-1).index_select(0, self.entries(heads))
+            neighbours = self.stored(columns.squeeze(1))  # of one head, entries need no numbering of their own
             largest = heads * max(self.rows.count, self.rows.size, self.columns.size)
             self._blocks[heads] = narrow(neighbours, largest), narrow(pointers, largest)
         return self._blocks[heads]
@@ -195,9 +198,7 @@ class Pattern:
     def entries(self, heads: int) -> Tensor:
         """Which of the numbers ``(E, heads)``, read in a row, stands at each stored place of ``blocks(heads)``."""
         if heads not in self._entries:
-            place = self.places(heads)
-            every = torch.arange(place.numel(), dtype=place.dtype, device=place.device)
-            self._entries[heads] = torch.empty_like(place).scatter_(0, place.long(), every)
+            self._entries[heads] = inverted(self.places(heads))
         return self._entries[heads]
 
     def places(self, heads: int) -> Tensor:

@@ -10,6 +10,7 @@ import operator
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -165,19 +166,17 @@ def solve(
         )
     stats = Stats()
     start = layout.flatten(y0).resolve_conj().resolve_neg()
-    # Dense output begins with this tensor, which the caller may change later.
-    if transforms_active() and steering.adaptive:
-        trajectory = _transformed(plan, derivative, start, stats)
-    else:
-        trajectory = derivative.run(plan, start.clone() if dense else start, stats)
-    return _finish(plan, trajectory, stats, throw)
+    if dense:  # which begins with this tensor, and the caller may change his later
+        start = start.clone()
+    run = partial(_transformed, derivative.run) if transforms_active() and steering.adaptive else derivative.run
+    return _finish(plan, run(plan, start, stats), stats, throw)
 
 
-def _transformed(plan: Plan, derivative: Adjoint, start: Tensor, stats: Stats) -> Any:
+def _transformed(run: Callable[..., Trajectory], plan: Plan, start: Tensor, stats: Stats) -> Trajectory:
     """A solve under torch.func whose steps are chosen: by values, which derivatives leave readable and ``vmap`` hides."""
     try:
         start.detach().sum().item()  # a mapped y0 is refused before f is called
-        return derivative.run(plan, start.clone() if plan.dense else start, stats)
+        return run(plan, start, stats)
     except RuntimeError as error:
         if "vmap" not in str(error):
             raise

@@ -132,14 +132,22 @@ class Adapted(Adjoint):
         return self.wrapped.run(plan, y0, stats)
 
 
+def check_one_dimensional(name: str, t: Tensor) -> None:
+    if t.dim() != 1:
+        raise CheckError(f"{name} must be one dimensional, found shape {tuple(t.shape)}")
+
+
+def check_floating(name: str, t: Tensor) -> None:
+    if not t.is_floating_point():
+        raise TypeError(f"`{name}` must be a floating point Tensor but is a {t.type()}")
+
+
 def check_times(t: Any, device: torch.device, what: str = "t") -> Tensor:
     """``t`` on ``device``; raises for what is not a strictly monotone 1-D tensor of floats."""
     if not isinstance(t, Tensor):
         raise CheckTypeError(f"{what} must be a torch.Tensor, found {type(t).__name__}")
-    if t.dim() != 1:
-        raise CheckError(f"{what} must be one dimensional, found shape {tuple(t.shape)}")
-    if not t.is_floating_point():
-        raise TypeError(f"`{what}` must be a floating point Tensor but is a {t.type()}")
+    check_one_dimensional(what, t)
+    check_floating(what, t)
     if t.device != device:
         warnings.warn(f"{what} is not on the same device as y0. Coercing to y0.device.", stacklevel=4)
         t = t.to(device)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..status import ArgumentError
 from .base import INNER_OPTIMIZERS, InnerOptimizer, InnerProblem, InnerStep, Point, any_true
 from .evaluating import check_stop, step_error
-from .linesearch import PowerMemory, SeenRadius, check_rate, constant_rate
+from .linesearch import Rated, SeenRadius
 
 RATES = ("cg", "line_search", "constant")
 POWELL = 0.2
@@ -73,7 +73,7 @@ BETA: dict[str, Callable[[InnerProblem, Tensor, Any, CGState], Any]] = {
 
 
 @dataclass(frozen=True)
-class ConjugateGradient(InnerOptimizer):
+class ConjugateGradient(Rated, InnerOptimizer):
     """z' = z + alpha p, p = -r + beta p_before, begun along -r.
 
     ``rate``: how alpha is found.
@@ -105,7 +105,7 @@ class ConjugateGradient(InnerOptimizer):
     unrolls: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_rate(self.rate, self.lipschitz, RATES)
+        self.check_rate(*RATES)
         check_stop(self.inner_stop)
         if self.rate == "cg" and self.inner_stop == "step":
             raise ArgumentError("inner_stop='step' needs every residual: take rate='line_search', 'constant' or a number")
@@ -117,16 +117,8 @@ class ConjugateGradient(InnerOptimizer):
         """Whether alpha comes from a product with M."""
         return self.rate in ("cg", "line_search")
 
-    @property
-    def estimates(self) -> bool:
-        """Whether the constant rate has to be found."""
-        return self.rate == "constant" and self.lipschitz is None
-
-    def remember(self, layout: Any, y0: Tensor) -> Any:
-        return (PowerMemory if self.estimates else SeenRadius).fresh(layout, y0)
-
     def init(self, problem: Any, point: Point, running: Any, memory: Any) -> CGState:
-        eta, known, memory = constant_rate(self, problem, point, running, memory)
+        eta, known, memory = self.begun(problem, point, running, memory)
         rr = problem.dot(point.r, point.r)
         none = problem.ops.where(running, False, False)
         seen = problem.ops.where(running, 1.0, 1.0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .base import INNER_OPTIMIZERS, InnerProblem, Point
 from .evaluating import Evaluating, check_stop
-from .linesearch import PowerMemory, SeenRadius, check_rate, constant_rate
+from .linesearch import Rated
 
 SLOWER = 0.25
 """Factor by which the rate is cut where an iteration has failed."""
@@ -54,7 +54,7 @@ MOMENTUM: dict[str, Callable[[InnerProblem, DescentState], Any]] = {
 
 
 @dataclass(frozen=True)
-class Descent(Evaluating):
+class Descent(Rated, Evaluating):
     """x' = z - eta r(z), z' = x' + b (x' - x) with b by ``formula``: one call of f an iteration.
 
     ``rate``: "constant", eta = 1 / L, L = 1 + |g| rho with rho estimated by power iterations and kept for some steps in time,
@@ -70,18 +70,11 @@ class Descent(Evaluating):
     unrolls: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_rate(self.rate, self.lipschitz, ("constant",))
+        self.check_rate("constant")
         check_stop(self.inner_stop)
 
-    @property
-    def estimates(self) -> bool:
-        return self.rate == "constant" and self.lipschitz is None
-
-    def remember(self, layout: Any, y0: Tensor) -> Any:
-        return (PowerMemory if self.estimates else SeenRadius).fresh(layout, y0)
-
     def init(self, problem: Any, point: Point, running: Any, memory: Any) -> DescentState:
-        eta, known, memory = constant_rate(self, problem, point, running, memory)
+        eta, known, memory = self.begun(problem, point, running, memory)
         zero = 0.0 if problem.layout.joint else torch.zeros_like(running, dtype=torch.float64)
         return DescentState(zero + eta, known, point.z, zero, memory)
 

@@ -65,26 +65,39 @@ def spectral_radius(problem: ProximalProblem, point: Point, running: Any, memory
     return MARGIN * rho, PowerMemory(v, rho, memory.age + 1)
 
 
-def check_rate(rate: Any, lipschitz: float | None, words: tuple[str, ...]) -> None:
-    """Raise ``ArgumentTypeError`` / ``ArgumentError`` unless ``rate`` is one of ``words`` or positive, and ``lipschitz`` >= 0."""
-    if isinstance(rate, str):
-        if rate not in words:
-            raise ArgumentError(f"rate must be one of {', '.join(words)} or a number, found {rate!r}")
-    elif not isinstance(rate, (int, float)):
-        raise ArgumentTypeError(f"rate must be a word or a number, found {type(rate).__name__}")
-    elif not rate > 0:
-        raise ArgumentError(f"rate must be positive, found {rate}")
-    if lipschitz is not None and not lipschitz >= 0:
-        raise ArgumentError(f"lipschitz must be >= 0, found {lipschitz}")
+class Rated:
+    """What optimisers with a ``rate``, a word or a number, and ``lipschitz`` share."""
 
+    rate: str | float
+    lipschitz: float | None
 
-def constant_rate(optimizer: Any, problem: Any, point: Point, running: Any, memory: Any) -> tuple[Any, Any, Any]:
-    """The rate of an optimiser that has ``rate`` and ``lipschitz``, the curvature 1 + |g| rho as far as known, and the memory."""
-    rho = memory.rho if optimizer.lipschitz is None else optimizer.lipschitz
-    if optimizer.estimates:
-        rho, memory = spectral_radius(problem, point, running, memory)
-    known = 1 + abs(problem.g) * rho
-    return (1 / known if optimizer.rate == "constant" else optimizer.rate), known, memory
+    def check_rate(self, *words: str) -> None:
+        """Raise ``ArgumentTypeError`` / ``ArgumentError`` unless the rate is one of ``words`` or positive, and lipschitz >= 0."""
+        if isinstance(self.rate, str):
+            if self.rate not in words:
+                raise ArgumentError(f"rate must be one of {', '.join(words)} or a number, found {self.rate!r}")
+        elif not isinstance(self.rate, (int, float)):
+            raise ArgumentTypeError(f"rate must be a word or a number, found {type(self.rate).__name__}")
+        elif not self.rate > 0:
+            raise ArgumentError(f"rate must be positive, found {self.rate}")
+        if self.lipschitz is not None and not self.lipschitz >= 0:
+            raise ArgumentError(f"lipschitz must be >= 0, found {self.lipschitz}")
+
+    @property
+    def estimates(self) -> bool:
+        """Whether the constant rate has to be found."""
+        return self.rate == "constant" and self.lipschitz is None
+
+    def remember(self, layout: Any, y0: Tensor) -> Any:
+        return (PowerMemory if self.estimates else SeenRadius).fresh(layout, y0)
+
+    def begun(self, problem: Any, point: Point, running: Any, memory: Any) -> tuple[Any, Any, Any]:
+        """The rate, the curvature 1 + |g| rho as far as known, and the memory."""
+        rho = memory.rho if self.lipschitz is None else self.lipschitz
+        if self.estimates:
+            rho, memory = spectral_radius(problem, point, running, memory)
+        known = 1 + abs(problem.g) * rho
+        return (1 / known if self.rate == "constant" else self.rate), known, memory
 
 
 def waves(layout: Any, like: Tensor, rate: float) -> Tensor:

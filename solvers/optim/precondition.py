@@ -13,14 +13,13 @@ from torch import Tensor
 from ..status import ArgumentError
 from . import jacobian
 from .base import Point, StageProblem
+from .linearisation import AGED, FACTORS
 
 NAMES = ("jacobi", "ilu")
 PROBES = 40
 """Random vectors for the diagonal of J (power-law graph, to 1e-6: 41 products, 28 with the exact one, 289 without)."""
 AGE = 50
 """Linear systems that one Jacobian, or diagonal of it, serves."""
-NEAR = 1.3
-"""Ratio of step sizes up to which an incomplete factorisation made for one serves the other."""
 DROP = 1e-4
 """Entries of an incomplete factorisation that are left out, relative to their column."""
 
@@ -72,10 +71,10 @@ class Preconditioner:
 
     def _factor(self, g: Any) -> Any:
         for size, factor in self.factors:
-            if 1.0 / NEAR <= size / g <= NEAR:
+            if 1.0 / AGED <= size / g <= AGED:
                 return factor
         whole = (scipy.sparse.identity(self.known.shape[0], format="csc") - g * self.known).tocsc()
-        self.factors = [*self.factors[-3:], (g, scipy.sparse.linalg.spilu(whole, drop_tol=DROP))]
+        self.factors = [*self.factors[1 - FACTORS :], (g, scipy.sparse.linalg.spilu(whole, drop_tol=DROP))]
         return self.factors[-1][1]
 
 

@@ -16,10 +16,11 @@ from ...layout import Layout, ScalarOps
 from ...norms import ErrorNorm, rms
 from ...status import ArgumentError, ArgumentTypeError
 from ..errors import CheckError, CheckTypeError, MethodNameError
-from ..odeint import _positive, check_times
+from ..odeint import _positive, check_floating, check_one_dimensional, check_times
 from ..strict import first_step
 from .event_handling import combine_event_functions
 
+_assert_floating, _assert_one_dimensional = check_floating, check_one_dimensional
 _all_callback_names = ["callback_step", "callback_accept_step", "callback_reject_step"]
 _all_adjoint_callback_names = [f"{name}_adjoint" for name in _all_callback_names]
 
@@ -206,16 +207,6 @@ def _decreasing(t: Tensor) -> Tensor:
 def _assert_increasing(name: str, t: Tensor) -> None:
     if not bool((t.diff() > 0).all()):
         raise CheckError(f"{name} must be strictly increasing or decreasing")
-
-
-def _assert_floating(name: str, t: Tensor) -> None:
-    if not t.is_floating_point():
-        raise CheckTypeError(f"`{name}` must be a floating point Tensor but is a {t.type()}")
-
-
-def _assert_one_dimensional(name: str, t: Tensor) -> None:
-    if t.dim() != 1:
-        raise CheckError(f"{name} must be one dimensional, found shape {tuple(t.shape)}")
 
 
 def _flip_option(options: dict[str, Any], option_name: str) -> None:
