@@ -13,10 +13,21 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from solvers import METHODS, UnsupportedError
+from solvers.field import Field
 from solvers.layout import Layout
+from solvers.norms import ErrorNorm
+from solvers.optim import ProximalProblem
 
 ANY_FIELD = [name for name in METHODS if METHODS[name].demands is None]
 """Methods for any f: those that live on more structure have tests of their own."""
+
+
+def problem_of(f, y0, g, atol=1e-8, **how):
+    """The equation of a step of backward Euler of size ``g`` from y0, and the flat y0; ``how``: batch_dim or batch_index."""
+    layout = Layout(y0, **how)
+    norm = ErrorNorm(layout, 1e-300, atol)
+    y = layout.flatten(y0)
+    return ProximalProblem(Field(f, layout), torch.zeros(()), y, g, norm, norm.scale(y)), y
 
 
 def takes(name: str, dtype: torch.dtype) -> bool:

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from problems import problem_of
 
 from solvers import ArgumentError, Status, optim, solve
-from solvers.field import Field
-from solvers.layout import Layout
-from solvers.norms import ErrorNorm
-from solvers.optim import INNER_OPTIMIZERS, ProximalProblem, minimise
+from solvers.optim import INNER_OPTIMIZERS, minimise
 
 D = torch.float64
 CONJUGATE = ("fletcher_reeves", "polak_ribiere", "hestenes_stiefel", "dai_yuan")
@@ -21,13 +19,6 @@ FIRST_ORDER = (*CONJUGATE, "gradient_descent", "nesterov", "nesterov_restart", "
 ALL = [name for name in INNER_OPTIMIZERS if name != "newton_sparse"]
 first_order = pytest.mark.parametrize("name", FIRST_ORDER)
 each = pytest.mark.parametrize("name", ALL)
-
-
-def problem_of(f, y0, g, atol=1e-8, **how):
-    layout = Layout(y0, **how)
-    norm = ErrorNorm(layout, 1e-300, atol)
-    y = layout.flatten(y0)
-    return ProximalProblem(Field(f, layout), torch.zeros(()), y, g, norm, norm.scale(y)), y
 
 
 @torch.no_grad()

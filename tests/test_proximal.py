@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from problems import problem_of
 
 from solvers import (
     ArgumentError,
@@ -578,13 +579,6 @@ def test_checkpoint_equals_backprop(how):
 
 
 # --- the parts ---------------------------------------------------------------------------------------------------------------
-
-
-def problem_of(f, y0, g, atol=1e-8, **how):
-    layout = Layout(y0, **how)
-    norm = ErrorNorm(layout, 1e-300, atol)
-    y = layout.flatten(y0)
-    return ProximalProblem(Field(f, layout), torch.zeros(()), y, g, norm, norm.scale(y)), y
 
 
 @torch.no_grad()
