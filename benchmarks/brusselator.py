@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .registry import BENCHMARKS, Benchmark, BenchmarkError, Column, Result, Settings, Table, unknown
-from .timing import Timing, interleaved
+from .timing import Timing, interleaved, one_thread
 
 __all__ = ["Brusselator", "run"]
 
@@ -119,9 +119,7 @@ def run(settings: Settings) -> Result:
     """Every solver at three tolerances, interleaved, against the peer's own solution at a tight one."""
     from solvers.methods import METHODS
 
-    if settings.device != "cpu":
-        raise BenchmarkError("brusselator factorises sparse matrices, which is done on the CPU; leave --device out")
-    torch.set_num_threads(1)
+    one_thread(settings, "brusselator factorises sparse matrices, which is done on the CPU")
     chosen = settings.methods or USUAL
     for name in chosen:
         if name not in METHODS:

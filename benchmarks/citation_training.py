@@ -26,7 +26,10 @@ from .citation_models import GRAND, LAYERED, Recipe, grand_model, graph_for, lay
 from .graph_problems import citation_data
 from .registry import BenchmarkError
 
-__all__ = ["DATASETS", "Job", "Ledger", "Run", "campaign", "prepared", "protocol", "spread", "split_for", "trained"]
+__all__ = [
+    *("DATASETS", "Job", "Ledger", "Run"),
+    *("campaign", "prepared", "protocol", "spread", "split_for", "summary", "trained"),
+]
 
 DATASETS = ("cora", "citeseer")
 DEVELOPMENT = 1500
@@ -290,6 +293,19 @@ def campaign(jobs: Iterable[Job], ledger: Ledger) -> list[Run]:
             ledger.add(job, run)
             bar.finished(job, run)  # type: ignore[attr-defined]
     return [ledger.runs[job.key] for job in jobs]
+
+
+def summary(runs: list[Run], printed: tuple[float, float] | None) -> dict[str, Any]:
+    """Cells of a table: accuracy on the test nodes beside what is printed, time of a run, runs that failed."""
+    mean, deviation = spread(run.test_accuracy for run in runs)
+    return {
+        "mean": round(mean, 2),
+        "deviation": round(deviation, 2),
+        "printed": printed and f"{printed[0]} ± {printed[1]}",
+        "difference": printed and round(mean - printed[0], 2),
+        "seconds": spread(run.cpu_seconds for run in runs)[0],
+        "status": f"{sum(run.status != 'done' for run in runs)} of {len(runs)}",
+    }
 
 
 def spread(values: Iterable[float]) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .registry import BENCHMARKS, PEERS, PROBLEMS, Benchmark, BenchmarkError, Settings, discover, need, unknown
+from .registry import BENCHMARKS, PEERS, PROBLEMS, Benchmark, BenchmarkError, Settings, discover, names, need, unknown
 from .report import page, show, write_json
 from .timing import machine
 
@@ -18,11 +18,6 @@ __all__ = ["main", "parser"]
 discover()
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def names(text: str) -> tuple[str, ...]:
-    """A comma-separated list."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def usual_times() -> str:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import grand_timing
 from .citation_models import GRAND, LAYERED, NORMS, VARIANTS, solver
-from .citation_training import DATASETS, Job, Ledger, Run, campaign, protocol, spread
+from .citation_training import DATASETS, Job, Ledger, Run, campaign, protocol, spread, summary
 from .published import PLANETOID, RANDOM
-from .registry import BENCHMARKS, Benchmark, BenchmarkError, Column, Option, Result, Settings, Table, unknown
+from .registry import (
+    BENCHMARKS,
+    Benchmark,
+    Column,
+    Option,
+    Result,
+    Settings,
+    Table,
+    known_names,
+    positive,
+)
+from .timing import one_thread
 
-__all__ = ["OPTIONS", "jobs_of", "ledger_of", "listed", "positive", "run"]
+__all__ = ["OPTIONS", "jobs_of", "ledger_of", "run"]
 
 ACCURACY = [
     Column("model", "model"),
@@ -53,23 +63,6 @@ EPOCHS = {"nl": 70, "nl-rw": 70}
 """Of variants that cost more and are at their best early; else those of the recipe."""
 
 
-def positive(text: str) -> int:
-    """A number of things; raises ValueError."""
-    value = int(text)
-    if value < 1:
-        raise ValueError("must be 1 or more")
-    return value
-
-
-def listed(known: tuple[str, ...], text: str) -> tuple[str, ...]:
-    """A comma-separated list of known names; raises UnknownName."""
-    found = tuple(part.strip() for part in text.split(",") if part.strip())
-    for name in found:
-        if name not in known:
-            raise unknown("model", name, known)
-    return found
-
-
 OPTIONS = (
     Option("dataset", "cora or citeseer", "cora", choices=DATASETS),
     Option("variant", "l, nl or nl-rw", "l", choices=tuple(VARIANTS)),
@@ -79,7 +72,7 @@ OPTIONS = (
     Option("runs", "file of finished runs, which are not done again", None),
 )
 OWN = (
-    Option("models", "other models to train as well, of gcn, gat, sage", (), lambda text: listed(tuple(LAYERED), text)),
+    Option("models", "other models to train as well, of gcn, gat, sage", (), partial(known_names, "model", tuple(LAYERED))),
     Option("split", "planetoid or random", "planetoid", choices=("planetoid", "random")),
     Option("seeds", "how many, from 0 on", 20, positive),
     Option("against", "torchdiffeq: time an epoch instead of training", None, choices=("torchdiffeq",)),
@@ -111,17 +104,15 @@ def jobs_of(settings: Settings, model: str) -> list[Job]:
 
 def run(settings: Settings) -> Result:
     """Train every model from every seed, or time an epoch against the same model on torchdiffeq."""
-    if settings.device != "cpu":
-        raise BenchmarkError("grand trains on the CPU, where its bars were measured; leave --device out")
-    torch.set_num_threads(1)
+    one_thread(settings, "grand trains on the CPU, where its bars were measured")
     if settings.options["against"]:
         return grand_timing.compare(settings)
     ledger = ledger_of(settings, "grand")
     jobs = {model: jobs_of(settings, model) for model in (f"grand-{settings.options['variant']}", *settings.options["models"])}
-    first = next(iter(jobs.values()))
-    print(protocol(first[0]))
+    about = protocol(next(iter(jobs.values()))[0])
+    print(about)
     found = {model: campaign(of_model, ledger) for model, of_model in jobs.items()}
-    accuracy = Table(f"test accuracy, {protocol(first[0])}", ACCURACY, [row(jobs[m], runs) for m, runs in found.items()])
+    accuracy = Table(f"test accuracy, {about}", ACCURACY, [row(jobs[m], runs) for m, runs in found.items()])
     accuracy.notes = [
         f"attention over {'the sender, squareplus' if settings.options['norm'] == 'col' else 'the receiver, softmax'}",
         "hyperparameters: of the authors' files and of the baselines' papers, listed in the JSON; test nodes chose nothing",
@@ -141,21 +132,11 @@ def run(settings: Settings) -> Result:
 def row(jobs: list[Job], runs: list[Run]) -> dict[str, Any]:
     """A line of the first table."""
     job = jobs[0]
-    mean, deviation = spread(run.test_accuracy for run in runs)
     printed = (PLANETOID if job.split == "planetoid" else RANDOM).get(job.model, {}).get(job.dataset)
     bar = BARS.get((job.dataset, job.model, job.split, job.graph)) if job.norm == "col" else None
-    return {
-        "model": job.model,
-        "seeds": len(runs),
-        "mean": round(mean, 2),
-        "deviation": round(deviation, 2),
-        "printed": printed and f"{printed[0]} ± {printed[1]}",
-        "difference": printed and round(mean - printed[0], 2),
-        "bar": bar,
-        "verdict": None if bar is None else "met" if mean >= bar else "SHORT",
-        "seconds": spread(run.cpu_seconds for run in runs)[0],
-        "status": f"{sum(run.status != 'done' for run in runs)} of {len(runs)}",
-    }
+    mean = spread(run.test_accuracy for run in runs)[0]
+    verdict = None if bar is None else "met" if mean >= bar else "SHORT"
+    return {"model": job.model, "seeds": len(runs), **summary(runs, printed), "bar": bar, "verdict": verdict}
 
 
 def draw(result: Result, path: Path) -> None:

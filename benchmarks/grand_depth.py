@@ -6,14 +6,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .citation_models import GRAND, LAYERED
-from .citation_training import Job, Run, campaign, protocol, spread
-from .grand import OPTIONS, ledger_of, positive
+from .citation_training import Job, Run, campaign, protocol, spread, summary
+from .grand import OPTIONS, ledger_of
 from .grand_pp import counts
 from .published import DEPTH
-from .registry import BENCHMARKS, Benchmark, BenchmarkError, Column, Option, Result, Settings, Table
+from .registry import BENCHMARKS, Benchmark, Column, Option, Result, Settings, Table, positive
+from .timing import one_thread
 
 __all__ = ["run"]
 
@@ -55,9 +54,7 @@ def jobs_of(settings: Settings, model: str, depth: int) -> list[Job]:
 
 def run(settings: Settings) -> Result:
     """All models at all depths."""
-    if settings.device != "cpu":
-        raise BenchmarkError("grand-depth trains on the CPU; leave --device out")
-    torch.set_num_threads(1)
+    one_thread(settings, "grand-depth trains on the CPU")
     options, ledger = settings.options, ledger_of(settings, "grand-depth")
     depths = options["depths"][:2] if settings.quick else options["depths"]
     about = protocol(jobs_of(settings, MODELS[0], depths[0])[0])
@@ -78,19 +75,8 @@ def run(settings: Settings) -> Result:
 
 def row(model: str, depth: int, job: Job, runs: list[Run]) -> dict[str, Any]:
     """A line of the table."""
-    mean, deviation = spread(run.test_accuracy for run in runs)
     told = None if "residual" in model else DEPTH[f"{job.model} {job.dataset}"].get(depth)
-    return {
-        "model": model,
-        "depth": depth,
-        "mean": round(mean, 2),
-        "deviation": round(deviation, 2),
-        "printed": told and f"{told[0]} ± {told[1]}",
-        "difference": told and round(mean - told[0], 2),
-        "energy": spread(run.energy for run in runs)[0],
-        "seconds": spread(run.cpu_seconds for run in runs)[0],
-        "status": f"{sum(run.status != 'done' for run in runs)} of {len(runs)}",
-    }
+    return {"model": model, "depth": depth, **summary(runs, told), "energy": spread(run.energy for run in runs)[0]}
 
 
 def claims(table: Table) -> Table:

@@ -6,15 +6,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from graphops.nn import SOURCES
 
 from .citation_models import GRAND, solver
 from .citation_training import Job, Run, campaign, protocol, spread
-from .grand import OPTIONS, ledger_of, positive
+from .grand import OPTIONS, ledger_of
 from .published import DEPTH, LABELS, NONLINEAR_DEPTH, NONLINEAR_LABELS
-from .registry import BENCHMARKS, Benchmark, BenchmarkError, Column, Option, Result, Settings, Table
+from .registry import BENCHMARKS, Benchmark, Column, Option, Result, Settings, Table, names, positive
+from .timing import one_thread
 
 __all__ = ["Cell", "cells_of", "paired", "run"]
 
@@ -59,7 +58,7 @@ BARS = {(18.294754260552843, 5): (1.0, 0.0), (128.0, 20): (2.0, 79.5)}
 
 def numbers(text: str) -> tuple[float, ...]:
     """Positive numbers, comma-separated; raises ValueError."""
-    found = tuple(float(part) for part in text.split(",") if part.strip())
+    found = tuple(map(float, names(text)))
     if not found or min(found) <= 0:
         raise ValueError("must be numbers above 0, separated by commas")
     return found
@@ -67,7 +66,7 @@ def numbers(text: str) -> tuple[float, ...]:
 
 def counts(text: str) -> tuple[int, ...]:
     """Whole numbers from 1, comma-separated; raises ValueError."""
-    return tuple(positive(part) for part in text.split(",") if part.strip())
+    return tuple(map(positive, names(text)))
 
 
 OWN = (
@@ -141,13 +140,12 @@ def paired(plain: list[float], sourced: list[float]) -> tuple[float, float, int,
 
 def run(settings: Settings) -> Result:
     """Both models in every cell, on the same splits from the same start."""
-    if settings.device != "cpu":
-        raise BenchmarkError("grand-pp trains on the CPU; leave --device out")
-    torch.set_num_threads(1)
+    one_thread(settings, "grand-pp trains on the CPU")
     options, ledger = settings.options, ledger_of(settings, "grand-pp")
     variant, dataset, source = options["variant"], options["dataset"], options["source"]
     cells = cells_of(settings)
-    print(protocol(jobs_of(settings, cells[0], None)[0]))
+    about = protocol(jobs_of(settings, cells[0], None)[0])
+    print(about)
     table = Table(f"GRAND-{variant} and GRAND++-{variant} ({source}) on {dataset}", COLUMNS)
     every = Table("every run", RUNS)
     for cell in cells:
@@ -159,7 +157,7 @@ def run(settings: Settings) -> Result:
             every.rows += [{"cell": cell.name, "model": model, "seed": job.seed, **asdict(run)} for job, run in found]
     end = "sender" if options["norm"] == "col" else "receiver"
     table.notes = [
-        f"{protocol(jobs_of(settings, cells[0], None)[0])}; attention over the {end}",
+        f"{about}; attention over the {end}",
         "± is the sample standard deviation over splits; gain, wins and p (paired t-test, two-sided) are of the same splits",
         f"at the epoch of the best validation score, until {PATIENCE} epochs bring no better one; published: Xia 2023, chapter 4",
         "failed: the thesis has no number because its solver did not finish; here status says how ours ended",

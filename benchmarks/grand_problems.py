@@ -16,9 +16,9 @@ from graphops.data import Split, random_split
 from graphops.fields import EdgeAttention, LinearDiffusion, NonlinearDiffusion
 
 from .graph_problems import citation_data, communities, community_of, tidy
-from .registry import BenchmarkError, unknown
+from .registry import BenchmarkError, known_names
 
-__all__ = ["GRAPHS", "END", "GrandProblem", "Model", "chosen", "sharpened"]
+__all__ = ["END", "GRAPHS", "GrandProblem", "Model", "chosen", "relative", "rms", "sharpened", "within"]
 
 END = 10.0
 """Time to which the thesis solves (Xia 2023, section 5.4.3)."""
@@ -93,11 +93,7 @@ GRAPHS: dict[str, Callable[[], GrandProblem]] = {"cora": cora, "cs-like": coauth
 
 def chosen(names: str, quick: bool) -> list[GrandProblem]:
     """The problems in a comma-separated list, the tiny one alone for `quick`; raises BenchmarkError."""
-    wanted = ["tiny"] if quick else [name.strip() for name in names.split(",") if name.strip()]
-    for name in wanted:
-        if name not in GRAPHS:
-            raise unknown("graph", name, GRAPHS)
-    return [GRAPHS[name]() for name in wanted]
+    return [GRAPHS[name]() for name in (("tiny",) if quick else known_names("graph", GRAPHS, names))]
 
 
 class Model(nn.Module):
@@ -118,21 +114,34 @@ class Model(nn.Module):
         present = dropout(present, self.problem.input_dropout, self.training)
         return spmm(words, present, self.encoder.weight.t().contiguous()) + self.encoder.bias
 
-    def field(self) -> NonlinearDiffusion:
-        return NonlinearDiffusion(self.problem.graph, self.attention)
-
-    def linear_field(self, x: Tensor) -> LinearDiffusion:
-        """The field with A of the state `x` throughout: GRAND-l."""
-        return LinearDiffusion(self.problem.graph, self.attention(self.problem.graph, x))
+    def field(self, x: Tensor, linear: bool) -> LinearDiffusion | NonlinearDiffusion:
+        """With A of the state; or, `linear`, with that of `x` throughout: GRAND-l."""
+        graph = self.problem.graph
+        return LinearDiffusion(graph, self.attention(graph, x)) if linear else NonlinearDiffusion(graph, self.attention)
 
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(dropout(z.relu(), self.problem.dropout, self.training))
 
 
+def rms(x: Tensor) -> float:
+    return float(x.detach().square().mean().sqrt())
+
+
+def within(x: Tensor, tolerance: float) -> dict[str, float]:
+    """A tolerance relative to the size of the state, whatever the encoder makes that."""
+    return {"rtol": tolerance, "atol": tolerance * rms(x)}
+
+
+def relative(y: Tensor, reference: Tensor, scale: Tensor | None = None) -> float:
+    """|y - reference| / |scale| in the Euclidean norm of all numbers, `scale` being the reference unless given."""
+    scale = reference if scale is None else scale
+    return float((y.double() - reference.double()).norm() / scale.double().norm())
+
+
 @torch.no_grad()
 def sharpened(model: Model, x: Tensor, spread: float = 1.5) -> Model:
     """The model with queries and keys of deviation `spread` at `x`: attention far from uniform, which moves with the state."""
-    scale = spread / (model.problem.hidden**0.5 * float(x.square().mean().sqrt()))
+    scale = spread / (model.problem.hidden**0.5 * rms(x))
     generator = torch.Generator().manual_seed(1)
     for linear in (model.attention.query, model.attention.key):
         linear.weight.copy_(scale * torch.randn(linear.weight.shape, generator=generator))

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 from . import grand_targets, grand_training
 from .grand_claims import GOOD, MOST_WORK, claims
 from .grand_pictures import draw
-from .grand_problems import END, GRAPHS, GrandProblem, Model, chosen, sharpened
-from .registry import BENCHMARKS, Benchmark, BenchmarkError, Column, Option, Result, Settings, Table, unknown
+from .grand_problems import END, GRAPHS, GrandProblem, Model, chosen, relative, rms, sharpened, within
+from .registry import BENCHMARKS, Benchmark, Column, Option, Result, Settings, Table, known_names
+from .running import ending
+from .timing import one_thread
 
 __all__ = ["ADAPTIVE", "FIXED", "Attempt", "Case", "Scheme", "attempt", "prepared", "run"]
 
@@ -48,16 +51,12 @@ class Scheme:
         return self if self.inner is not None else None
 
 
-def inner_solvers() -> list[str]:
-    """Those to compare, as far as they are there."""
-    from solvers.optim import INNER_OPTIMIZERS
-
-    return [name for name in ("fletcher_reeves", "anderson", "newton_krylov") if name in INNER_OPTIMIZERS]
+INNER_SOLVERS = ("fletcher_reeves", "anderson", "newton_krylov")
 
 
 def proximal() -> list[Scheme]:
     names = ("prox_euler", "prox_cn", "prox_bdf2", "prox_bdf3", "prox_bdf4")
-    pairs = [(name, inner) for name in names for inner in inner_solvers()]
+    pairs = [(name, inner) for name in names for inner in INNER_SOLVERS]
     return [Scheme(f"{name}, {inner}", name, {"inner": inner, "inner_tol": 1.0}, inner) for name, inner in pairs]
 
 
@@ -116,15 +115,11 @@ class Case:
 
     def field(self, dtype: torch.dtype) -> tuple[Any, Tensor]:
         model, x = self.model.to(dtype), self.start.to(dtype)
-        return (model.linear_field(x) if self.linear else model.field()), x
+        return model.field(x, self.linear), x
 
     def error(self, y: Tensor) -> float:
         """Relative, in the Euclidean norm of all numbers."""
-        return relative(y, self.end, self.end)
-
-
-def relative(y: Tensor, reference: Tensor, scale: Tensor) -> float:
-    return float((y.double() - reference.double()).norm() / scale.double().norm())
+        return relative(y, self.end)
 
 
 @dataclass(frozen=True)
@@ -144,7 +139,7 @@ class Attempt:
 @torch.no_grad()
 def solved(field: Any, x: Tensor, end: float, **options: Any) -> Attempt:
     """Solve, counting process CPU time; a failure is part of the answer."""
-    from solvers import ArgumentError, Status, solve
+    from solvers import ArgumentError, solve
 
     started = time.process_time()
     with warnings.catch_warnings():
@@ -153,10 +148,9 @@ def solved(field: Any, x: Tensor, end: float, **options: Any) -> Attempt:
             solution = solve(field, x, [0.0, end], throw=False, max_steps=20_000, **options)
         except ArgumentError as error:
             return Attempt(torch.full_like(x, torch.nan), 0, 0.0, f"refused: {error}")
-    status = Status(int(solution.status))
     seconds = time.process_time() - started
     y = solution.y[-1]
-    ended = "done" if status == Status.SUCCESS else status.name.lower().replace("_", " ")
+    ended = ending(solution)
     if ended == "done" and not float(y.abs().max()) < 1e3 * max(1.0, float(x.abs().max())):
         ended = "unstable"
     return Attempt(y, int(solution.stats.nfe), seconds, ended)
@@ -165,9 +159,7 @@ def solved(field: Any, x: Tensor, end: float, **options: Any) -> Attempt:
 def attempt(case: Case, scheme: Scheme, dtype: torch.dtype, steps: int | None, tolerance: float = TOLERANCE) -> Attempt:
     """Solve a case by a scheme, with `steps` steps or by its tolerance."""
     field, x = case.field(dtype)
-    # The tolerance is relative to the size of the state, whatever the encoder makes that.
-    size = float(x.square().mean().sqrt())
-    options = dict(scheme.options) | {"rtol": tolerance, "atol": tolerance * size}
+    options = dict(scheme.options) | within(x, tolerance)
     if steps is not None:
         options["num_steps"] = steps
     return solved(field, x, END, method=scheme.method, **options)
@@ -180,7 +172,7 @@ def prepared(name: str, model: Model, linear: bool) -> Case:
     case = Case(name, model, x, linear, x, "")
     first = attempt(case, Scheme("", "dop853"), torch.float64, None, REFERENCE)
     second = attempt(case, Scheme("", "dopri8"), torch.float64, None, REFERENCE)
-    apart = relative(second.y, first.y, first.y)
+    apart = relative(second.y, first.y)
     made = f"reference: dop853 at {REFERENCE:g}, {first.nfe} evaluations; dopri8 at {REFERENCE:g} differs from it by {apart:.1e}"
     return Case(name, model, x, linear, first.y, made)
 
@@ -286,7 +278,7 @@ def table_of(case: Case, schemes: list[Scheme], quick: bool) -> Table:
             row["least"] = least_adaptive(case, scheme, torch.float32)
         else:
             row["largest"], row["least"] = sweep(case, scheme, torch.float32)
-    size = float(case.start.square().mean().sqrt())
+    size = rms(case.start)
     notes = [
         case.made,
         f"errors: relative, Euclidean norm; truncation: equations solved to {SOLVED:g} in float64; inner: the rest",
@@ -308,20 +300,9 @@ def tolerances(case: Case, quick: bool) -> Table:
     return table
 
 
-def listed(text: str) -> tuple[str, ...]:
-    """Names of parts; raises BenchmarkError for another."""
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    for name in names:
-        if name not in PARTS:
-            raise unknown("part", name, PARTS)
-    return names
-
-
 def run(settings: Settings) -> Result:
     """Measure, and judge the claims; raises BenchmarkError without the data."""
-    if settings.device != "cpu":
-        raise BenchmarkError("grand-solvers counts evaluations and CPU seconds; leave --device out")
-    torch.set_num_threads(1)
+    one_thread(settings, "grand-solvers counts evaluations and CPU seconds")
     problems = chosen(settings.options["graphs"], settings.quick)
     epochs = settings.options["train"]
     if epochs:
@@ -357,7 +338,7 @@ BENCHMARKS.add(
         takes_peers=False,
         options=(
             Option("graphs", f"comma-separated, of {', '.join(GRAPHS)}", "cora,cs-like"),
-            Option("parts", "comma-separated, of " + ", ".join(PARTS), PARTS, listed),
+            Option("parts", "comma-separated, of " + ", ".join(PARTS), PARTS, partial(known_names, "part", PARTS)),
             Option("train", "epochs to train each solver for instead", 0, int),
         ),
     ),

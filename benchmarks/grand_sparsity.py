@@ -6,14 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from graphops.rewire import PageRank, gdc
 
 from .grand_problems import END, GrandProblem, chosen
 from .grand_stepsize import EPOCHS, VARIANTS, fit, forward
 from .graph_problems import tidy
-from .registry import BENCHMARKS, Benchmark, BenchmarkError, Column, Result, Settings, Table
+from .registry import BENCHMARKS, Benchmark, Column, Result, Settings, Table
+from .timing import one_thread
 
 __all__ = ["rewired_problem", "run"]
 
@@ -71,9 +70,7 @@ def findings(rows: list[dict[str, Any]]) -> list[str]:
 
 def run(settings: Settings) -> Result:
     """Rewire, train, solve; raises BenchmarkError without the data."""
-    if settings.device != "cpu":
-        raise BenchmarkError("grand-sparsity measures CPU seconds; leave --device out")
-    torch.set_num_threads(1)
+    one_thread(settings, "grand-sparsity measures CPU seconds")
     (problem,) = chosen("cora", settings.quick)
     linear = settings.options["variant"] == "l"
     epochs = 2 if settings.quick else settings.options["epochs"]

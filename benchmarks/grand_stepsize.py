@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .grand_problems import END, GrandProblem, Model, chosen
-from .grand_solvers import relative, solved
+from .grand_problems import END, GrandProblem, Model, chosen, relative, within
+from .grand_solvers import solved
 from .grand_training import Scheme, accuracies, fitted, train
-from .registry import BENCHMARKS, Benchmark, BenchmarkError, Column, Option, Result, Settings, Table
+from .registry import BENCHMARKS, Benchmark, Column, Option, Result, Settings, Table, positive
+from .timing import one_thread
 
 __all__ = ["EPOCHS", "FAMILIES", "VARIANTS", "Family", "fit", "forward", "run", "trained"]
 
 TOLERANCE = 1e-4
-EPOCHS = Option("epochs", "of each training", 30, int)
+EPOCHS = Option("epochs", "of each training", 30, positive)
 VARIANTS = Option("variant", "l: A of the start throughout; nl: of the state", "l", choices=("l", "nl"))
 
 
@@ -82,14 +83,13 @@ def forward(model: Model, linear: bool, exact: Tensor | None, method: str, **opt
     """One solve of a trained model, with the accuracy that comes of it."""
     with torch.no_grad():
         x = model.encode()
-        field: Any = model.linear_field(x) if linear else model.field()
-    tolerance = {"rtol": TOLERANCE, "atol": TOLERANCE * float(x.square().mean().sqrt())}
-    one = solved(field, x, END, method=method, **{**tolerance, **options})
+        field = model.field(x, linear)
+    one = solved(field, x, END, method=method, **{**within(x, TOLERANCE), **options})
     row: dict[str, Any] = {"nfe": one.nfe, "seconds": one.seconds, "ended": one.ended}
     if one.done:
         row["accuracy"] = accuracies(model, one.y)[1]
         if exact is not None:
-            error = relative(one.y, exact, exact)
+            error = relative(one.y, exact)
             row |= {"error": error, "ended": "done" if error < 1 else "diverged"}
     return row
 
@@ -98,7 +98,7 @@ def solves(model: Model, linear: bool, quick: bool) -> Table:
     """Every family and step size on one model."""
     with torch.no_grad():
         x = model.encode()
-        field: Any = model.linear_field(x) if linear else model.field()
+        field = model.field(x, linear)
     exact = solved(field, x, END, method="dop853", rtol=1e-7, atol=1e-9).y
     rows = [{"solver": "dopri5", **forward(model, linear, exact, "dopri5")}]
     for family in FAMILIES:
@@ -149,9 +149,7 @@ def trainings(problem: GrandProblem, linear: bool, epochs: int) -> Table:
 
 def run(settings: Settings) -> Result:
     """Solve and train; raises BenchmarkError without the data."""
-    if settings.device != "cpu":
-        raise BenchmarkError("grand-stepsize counts evaluations and CPU seconds; leave --device out")
-    torch.set_num_threads(1)
+    one_thread(settings, "grand-stepsize counts evaluations and CPU seconds")
     (problem,) = chosen("cora", settings.quick)
     linear = settings.options["variant"] == "l"
     epochs = 3 if settings.quick else settings.options["epochs"]

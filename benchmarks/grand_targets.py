@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from graphops import Graph
 from graphops.fields import EdgeAttention, LinearDiffusion, NonlinearDiffusion
 
+from .grand_problems import relative
 from .graph_problems import citation_data, communities, tidy
 from .registry import BenchmarkError, Column, Table
 
@@ -47,10 +48,6 @@ def start(quick: bool) -> tuple[Graph, Tensor]:
     if data.x is None:
         raise BenchmarkError("this Cora has no features x: take cora_planetoid.npz or the original files whole")
     return tidy(data.graph), data.x @ torch.randn(data.x.shape[1], 16) / 30
-
-
-def relative(y: Tensor, reference: Tensor) -> float:
-    return float((y.double() - reference).norm() / reference.norm())
 
 
 # --- row 9 -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .grand_problems import END, GrandProblem, Model
+from .grand_problems import END, GrandProblem, Model, within
 from .registry import Column, Table
 
 __all__ = ["Counted", "Run", "Scheme", "accuracies", "backsolved", "fitted", "schemes", "table", "train"]
@@ -25,20 +25,6 @@ EVERY = 5
 """Epochs between looks at the validation nodes."""
 
 
-class _Marked(torch.autograd.Function):
-    """The identity, which counts how often a derivative passes through it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, counted: Counted) -> Tensor:
-        ctx.counted = counted
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
-        ctx.counted.pulled += 1
-        return cotangents[0], None
-
-
 class Counted(nn.Module):
     """A field that counts products with the transpose of its Jacobian, whoever asks for them."""
 
@@ -47,7 +33,13 @@ class Counted(nn.Module):
         self.inner, self.field, self.pulled = inner, field, 0
 
     def forward(self, t: Any, x: Tensor) -> Tensor:
-        return _Marked.apply(self.field(t, x), self)
+        out = self.field(t, x)
+        if out.requires_grad:
+            out.register_hook(self._pull)
+        return out
+
+    def _pull(self, cotangent: Tensor) -> None:
+        self.pulled += 1
 
 
 @dataclass(frozen=True)
@@ -65,10 +57,7 @@ class Scheme:
 
 def schemes() -> list[Scheme]:
     """The thesis' way first: the continuous adjoint, solved by the method itself."""
-    from solvers.optim import INNER_OPTIMIZERS
-
-    inner = "anderson" if "anderson" in INNER_OPTIMIZERS else "fletcher_reeves"
-    step = {"dt": 1.25}
+    inner, step = "anderson", {"dt": 1.25}
     found = [Scheme(name, "backsolve", name, {"adjoint": "backsolve"}, trial) for name, trial in BACKSOLVED.items()]
     found.append(Scheme("dopri5", "discrete", "dopri5", {"adjoint": "checkpoint"}, (56, 54, 0.76)))
     found.append(Scheme("rk4", "discrete", "rk4_classic", {"adjoint": "checkpoint", **step}))
@@ -120,14 +109,13 @@ def end_of(model: Model, scheme: Scheme, x: Tensor) -> tuple[Any, Counted]:
     """The solution from `x`, and the field with its counts."""
     from solvers import solve
 
-    counted = Counted(model.attention, model.linear_field(x) if scheme.linear else model.field())
+    counted = Counted(model.attention, model.field(x, scheme.linear))
     return solve(counted, x, [0.0, END], method=scheme.method, **bounds(x, TOLERANCE), **scheme.options), counted
 
 
 def bounds(x: Tensor, tolerance: float) -> dict[str, Any]:
-    """A tolerance relative to the size of the state, and the most steps."""
-    size = float(x.detach().square().mean().sqrt())
-    return {"rtol": tolerance, "atol": tolerance * size, "max_steps": MOST_STEPS}
+    """The tolerance, and the most steps."""
+    return {**within(x, tolerance), "max_steps": MOST_STEPS}
 
 
 def train(problem: GrandProblem, scheme: Scheme, epochs: int, seed: int = 0) -> Run:

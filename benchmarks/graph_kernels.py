@@ -17,7 +17,7 @@ from . import graph_memory
 from .graph_operators import HEADS, OPERATORS, Function, Operator
 from .graph_problems import GRAPHS, GraphProblem, allocator, made, quick_graphs
 from .registry import BENCHMARKS, Benchmark, BenchmarkError, Column, Result, Settings, Table
-from .timing import interleaved
+from .timing import interleaved, one_thread
 
 __all__ = ["RATIOS", "Ratio", "run"]
 
@@ -192,9 +192,7 @@ def second_derivatives() -> list[dict[str, Any]]:
 
 def run(settings: Settings) -> Result:
     """Time every operator on every graph on one thread, then set the ratios against their bars."""
-    if settings.device != "cpu":
-        raise BenchmarkError("graph-kernels compares times of one CPU thread; leave --device out")
-    torch.set_num_threads(1)
+    one_thread(settings, "graph-kernels compares times of one CPU thread")
     copy = copy_rate()
     kernels = Table("graph kernels, one thread, float32", KERNELS)
     targets = Table("what has to be reached", TARGETS)

@@ -19,7 +19,8 @@ from graphops.fields import EdgeAttention, LinearDiffusion, NonlinearDiffusion, 
 from solvers import solve
 
 from .graph_problems import DATA
-from .registry import BENCHMARKS, Benchmark, BenchmarkError, Column, Option, Result, Settings, Table, installed
+from .registry import BENCHMARKS, Benchmark, BenchmarkError, Column, Option, Result, Settings, Table, installed, positive
+from .timing import one_thread
 
 __all__ = ["Patches", "adjacent", "cut", "drawn_digits", "mnist", "run"]
 
@@ -256,9 +257,7 @@ def jumps(grid: Graph, y: Tensor, clean: Tensor) -> Tensor:
 
 def run(settings: Settings) -> Result:
     """Cut, train, diffuse; raises BenchmarkError without the images."""
-    if settings.device != "cpu":
-        raise BenchmarkError("image-diffusion runs on the CPU; leave --device out")
-    torch.set_num_threads(1)
+    one_thread(settings, "image-diffusion runs on the CPU")
     images = drawn_digits() if settings.quick else mnist(settings.options["images"])
     way = "slic" if settings.options["patches"] == "slic" and installed("skimage") else "squares"
     data = patches(images, way)
@@ -323,7 +322,7 @@ BENCHMARKS.add(
         draw,
         takes_peers=False,
         options=(
-            Option("images", "how many of the MNIST test images", 20, int),
+            Option("images", "how many of the MNIST test images", 20, positive),
             Option("patches", "slic, with scikit-image, or squares", "slic", choices=("slic", "squares")),
         ),
     ),

@@ -9,12 +9,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import scipy.sparse
 import torch
 from torch import Tensor
 
-from .registry import BENCHMARKS, Benchmark, BenchmarkError, Column, Option, Result, Settings, Table, unknown
-from .timing import interleaved
+from .registry import BENCHMARKS, Benchmark, Column, Option, Result, Settings, Table, names, unknown
+from .running import ending
+from .stiff_problems import STIFF, AllenCahn, BrusselatorLine
+from .timing import interleaved, one_thread
 
 __all__ = ["CASES", "Case", "run"]
 
@@ -34,7 +35,8 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Case:
-    """A field, its start, and the steps of implicit Euler whose equations are solved: ``steps`` of ``dt``."""
+    """A field, its start, and the steps of implicit Euler whose equations are solved: ``steps`` of ``dt``; ``stiffness``:
+    dt rho."""
 
     title: str
     field: Callable[[Any, Tensor], Tensor]
@@ -42,61 +44,31 @@ class Case:
     dt: float
     steps: int
     pattern: Any
-    stiffness: str
-
-
-def ring(n: int) -> Any:
-    """Each cell with its two neighbours, periodic."""
-    return scipy.sparse.diags_array([1.0] * 5, offsets=[0, -1, 1, n - 1, 1 - n], shape=(n, n))
+    stiffness: float
 
 
 def diffusion(quick: bool) -> Case:
     """Xia 2023, section 5.3: 128 points on a periodic line, dx = 1/127, a density of the normal distribution."""
-    x = torch.linspace(0, 1, 128, dtype=torch.float64)
-
-    def field(t: Any, y: Tensor) -> Tensor:
-        return (y.roll(1) - 2 * y + y.roll(-1)) * 127**2
-
-    start = torch.exp(-x.square() / 2) / (2 * torch.pi) ** 0.5
-    stiffness = f"L = 1 + dt rho = {1 + 0.002 * 4 * 127**2:.0f}"
-    return Case("symmetric: diffusion on a line, 128 unknowns", field, start, 0.002, 5 if quick else 50, ring(128), stiffness)
+    problem = STIFF["diff1d_128"]()
+    title, stiffness = "symmetric: diffusion on a line, 128 unknowns", 0.002 * 4 * 127**2
+    return Case(title, problem.field, problem.y0, 0.002, 5 if quick else 50, problem.field.jacobian(problem.y0), stiffness)
 
 
 def brusselator(quick: bool) -> Case:
-    """Hairer & Wanner II, IV.10: u' = 1 + u^2 v - 4 u + a u_xx, v' = 3 u - u^2 v + a v_xx, a = 1/50, ends at 1 and 3."""
-    cells = 100 if quick else 500
-    rate = (cells + 1) ** 2 / 50
-    x = torch.arange(1, cells + 1, dtype=torch.float64) / (cells + 1)
-
-    def field(t: Any, y: Tensor) -> Tensor:
-        u, v = y.view(2, cells)
-        reaction = u * u * v
-        padded = torch.nn.functional.pad(y.view(2, cells), (1, 1))
-        padded[:, 0] = padded[:, -1] = torch.tensor([1.0, 3.0], dtype=y.dtype)
-        spread = rate * (padded[:, :-2] - 2 * padded[:, 1:-1] + padded[:, 2:])
-        return (torch.stack([1 + reaction - 4 * u, 3 * u - reaction]) + spread).view(-1)
-
-    start = torch.cat([1 + torch.sin(2 * torch.pi * x), torch.full_like(x, 3.0)])
-    one = scipy.sparse.eye_array(cells)
-    pattern = scipy.sparse.kron(scipy.sparse.eye_array(2), ring(cells)) + scipy.sparse.kron([[0, 1], [1, 0]], one)
-    title = f"strongly nonsymmetric: Brusselator on a line, {2 * cells} unknowns"
-    return Case(title, field, start, 0.1, 5 if quick else 20, pattern, f"L = 1 + dt rho = {1 + 0.1 * 4 * rate:.0f}")
+    """Hairer & Wanner II, IV.10, from a wave."""
+    field = BrusselatorLine(100 if quick else 500)
+    stiffness = 0.1 * 4 * field.diffusion * (field.cells + 1) ** 2
+    title = f"strongly nonsymmetric: Brusselator on a line, {2 * field.cells} unknowns"
+    return Case(title, field, field.start(), 0.1, 5 if quick else 20, field.sparsity(), stiffness)
 
 
 def allen_cahn(quick: bool) -> Case:
-    """u' = a Lap u + u - u^3 on a periodic grid from noise; dt times the growth rate is 1/2."""
-    cells, rate = (16, 50.0) if quick else (32, 50.0)
-
-    def field(t: Any, y: Tensor) -> Tensor:
-        u = y.view(cells, cells)
-        near = u.roll(1, 0) + u.roll(-1, 0) + u.roll(1, 1) + u.roll(-1, 1)
-        return (rate * (near - 4 * u) + u - u**3).view(-1)
-
-    start = torch.randn(cells * cells, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    one = scipy.sparse.eye_array(cells)
-    pattern = scipy.sparse.kron(ring(cells), one) + scipy.sparse.kron(one, ring(cells))
+    """u' = 50 Lap u + u - u^3 on a periodic grid from noise; dt times the growth rate is 1/2."""
+    cells, rate = 16 if quick else 32, 50.0
+    field = AllenCahn(cells, 2 * rate**0.5 / cells)
+    start = torch.randn(cells, cells, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     title = f"nonlinear: Allen-Cahn on a grid, {cells * cells} unknowns"
-    return Case(title, field, start, 0.5, 5 if quick else 20, pattern, f"L = 1 + dt rho = {1 + 0.5 * 8 * rate:.0f}")
+    return Case(title, field, start, 0.5, 5 if quick else 20, field.sparsity(), 0.5 * 8 * rate)
 
 
 CASES: dict[str, Callable[[bool], Case]] = {"diffusion": diffusion, "brusselator": brusselator, "allen-cahn": allen_cahn}
@@ -110,7 +82,7 @@ def solved(case: Case, inner: str, options: dict[str, Any], fallback: str | None
     with torch.no_grad():
         return solve(
             case.field, case.start, (0.0, case.dt * case.steps), method="prox_euler", num_steps=case.steps, save="steps",
-            inner=inner, fallback=fallback, rtol=RTOL, atol=ATOL, throw=False, **more, **options,
+            inner=inner, fallback=fallback, energy=False, rtol=RTOL, atol=ATOL, throw=False, **more, **options,
         )  # fmt: skip
 
 
@@ -138,16 +110,14 @@ def solvers() -> dict[str, tuple[str, dict[str, Any]]]:
 
 def measure(case: Case, chosen: dict[str, tuple[str, dict[str, Any]]], repeats: int) -> Table:
     """One line for each inner solver."""
-    from solvers import Status
-
     reference = solved(case, "newton", {"inner_tol": 1e-5}).y
     runs = {label: partial(solved, case, name, options) for label, (name, options) in chosen.items()}
-    table = Table(f"{case.title}; {case.steps} steps of {case.dt:g}, {case.stiffness}", COLUMNS)
+    table = Table(f"{case.title}; {case.steps} steps of {case.dt:g}, L = 1 + dt rho = {1 + case.stiffness:.0f}", COLUMNS)
     for label, timing in interleaved(runs, repeats, enough=5.0, warm=False).items():
         found = timing.value
         row: dict[str, Any] = {
             "solver": label,
-            "ended": "done" if found.success else Status(int(found.status)).name.lower().replace("_", " "),
+            "ended": ending(found),
             "iterations": int(found.stats.inner_iterations),
             "evaluations": int(found.stats.nfe),
             "time": timing.median_cpu,
@@ -161,9 +131,7 @@ def measure(case: Case, chosen: dict[str, tuple[str, dict[str, Any]]], repeats: 
 
 def run(settings: Settings) -> Result:
     """Every inner solver on every case; raises UnknownName."""
-    if settings.device != "cpu":
-        raise BenchmarkError("inner-solvers factorises sparse matrices, which is done on the CPU; leave --device out")
-    torch.set_num_threads(1)
+    one_thread(settings, "inner-solvers factorises sparse matrices, which is done on the CPU")
     every = solvers()
     asked = settings.options.get("inner")
     for name in asked or ():
@@ -211,6 +179,6 @@ BENCHMARKS.add(
         run,
         draw,
         takes_peers=False,
-        options=(Option("inner", "only these inner solvers, by commas", read=lambda text: tuple(text.split(","))),),
+        options=(Option("inner", "only these inner solvers, by commas", read=names),),
     ),
 )

@@ -136,6 +136,28 @@ class Result:
     arrays: dict[str, Any] = field(default_factory=dict)
 
 
+def names(text: str) -> tuple[str, ...]:
+    """A comma-separated list."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def known_names(kind: str, known: Iterable[str], text: str) -> tuple[str, ...]:
+    """The same of names of one `kind` that are known; raises UnknownName."""
+    found, known = names(text), tuple(known)
+    for name in found:
+        if name not in known:
+            raise unknown(kind, name, known)
+    return found
+
+
+def positive(text: str) -> int:
+    """A number of things; raises ValueError."""
+    value = int(text)
+    if value < 1:
+        raise ValueError("must be 1 or more")
+    return value
+
+
 @dataclass(frozen=True)
 class Option:
     """A setting that one benchmark has, `--name VALUE`; `read` makes the value in `Settings.options[name]` of the text."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from .problems import DiffusionProblem
 from .timing import Deadline, OutOfTime
 
-__all__ = ["Ours", "Outcome", "TimedField", "adaptive_explicit", "solve_ours"]
+__all__ = ["Ours", "Outcome", "TimedField", "adaptive_explicit", "ending", "solve_ours"]
 
 
 @dataclass
@@ -67,6 +67,14 @@ class Ours:
         )
 
 
+def ending(solution: Any) -> str:
+    """How a solve with ``throw=False`` ended, in words: "done", or the status."""
+    from solvers import Status
+
+    status = Status(int(solution.status))
+    return "done" if status == Status.SUCCESS else status.name.lower().replace("_", " ")
+
+
 def adaptive_explicit() -> list[str]:
     """Every registered method that is explicit and chooses its own step."""
     from solvers.methods import METHODS
@@ -95,7 +103,7 @@ def solve_ours(problem: DiffusionProblem, ours: Ours, deadline: Deadline) -> Out
         )
     stats, status = solution.stats, Status(int(solution.status))
     stopped = float(solution.last.t) if status == Status.STOPPED else None
-    failed = None if status in (Status.SUCCESS, Status.STOPPED) else status.name.lower().replace("_", " ")
+    failed = None if status in (Status.SUCCESS, Status.STOPPED) else ending(solution)
     whole = status == Status.SUCCESS
     work = int(stats.nfe) + int(stats.njvp) + int(stats.nvjp)
     return Outcome(solution.y[1:] if whole else None, work, int(stats.accepted), int(stats.rejected), stopped, failed)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .convergence import SPAN, Variant, errors_of, observed_order
+from .running import ending
 from .stiff_problems import StiffProblem
 
 NOTHING = 1e-15
@@ -47,7 +48,7 @@ def fixed_run(problem: StiffProblem, method: str, steps: int, inner_tol: float, 
 
     By f alone: an energy that the field has is not used, as none is in the thesis.
     """
-    from solvers import Status, solve
+    from solvers import solve
 
     absolute = inner_tol / math.sqrt(problem.y0.numel())  # of the root mean square
     times = torch.tensor(problem.times, dtype=torch.float64)
@@ -56,10 +57,8 @@ def fixed_run(problem: StiffProblem, method: str, steps: int, inner_tol: float, 
             problem.field, problem.y0, times, method=method, num_steps=steps, rtol=NOTHING, atol=absolute, inner_tol=1.0,
             energy=False, throw=False, max_steps=10**7, **options,
         )  # fmt: skip
-    status = Status(int(found.status))
-    if status != Status.SUCCESS:
-        where = f"{status.name.lower().replace('_', ' ')} at t = {float(found.last.t):.3g}"
-        return FixedRun(int(found.stats.nfe), (), where)
+    if not found.success:
+        return FixedRun(int(found.stats.nfe), (), f"{ending(found)} at t = {float(found.last.t):.3g}")
     differences = (found.y[1:] - problem.reference).abs().flatten(1).amax(1)
     return FixedRun(int(found.stats.nfe), tuple(differences.tolist()), "done")
 
@@ -348,14 +347,11 @@ def multistage_order(order: int) -> float:
     return observed_order(errors_of(Variant(f"prox_multistage{order}", order), SPAN, 200))
 
 
-def graph_step(nodes: int = 5000, g: float = 10.0, **options: Any) -> int | None:
+def graph_step(nodes: int = 5000, g: float = 10.0, **options: Any) -> int:
     """Evaluations of one step of backward Euler of size ``g`` on the Laplacian of a power-law graph, by Newton and MINRES or
-    GMRES to 1e-6 of the first residual; None where the inner solver has no such option."""
+    GMRES to 1e-6 of the first residual."""
     from solvers import solve
-    from solvers.optim import INNER_OPTIMIZERS
 
-    if not all(hasattr(INNER_OPTIMIZERS["newton_krylov"], name) for name in options):
-        return None
     generator = torch.Generator().manual_seed(0)
     share = torch.arange(1, nodes + 1, dtype=torch.float64) ** -0.8
     one, other = (torch.multinomial(share, 4 * nodes, replacement=True, generator=generator) for _ in range(2))

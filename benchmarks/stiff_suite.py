@@ -16,12 +16,12 @@ from .peers import Peer, sundae_cvode
 from .registry import BENCHMARKS, PEERS, Benchmark, BenchmarkError, Column, Result, Settings, Table, unknown
 from .running import Ours, Outcome, solve_ours
 from .stiff_problems import LARGE, STIFF, StiffProblem
-from .timing import Deadline, Timing, interleaved, peak_memory
+from .timing import Deadline, Timing, interleaved, one_thread, peak_memory
 
 __all__ = ["ADAPTIVE", "Case", "run"]
 
 ADAPTIVE = ("prox_bdf", "auto", "rkc2", "rock4", "esdirk547", "radauIIA5", "exp_linear")
-"""Our methods that choose their steps; one that is not registered is left out."""
+"""Our methods that choose their steps."""
 FIXED = ("prox_euler", "prox_cn", "prox_bdf2", "prox_bdf4")
 SINGLE = ("prox_bdf", "rkc2", "auto")
 """What is run in single precision, too."""
@@ -105,7 +105,7 @@ def serves(name: str, problem: StiffProblem) -> bool:
     """Whether a method of ours is for this problem."""
     from solvers.methods import METHODS
 
-    if name not in METHODS or (problem.solvers is not None and name not in problem.solvers):
+    if problem.solvers is not None and name not in problem.solvers:
         return False
     if METHODS[name].demands is not None and not hasattr(problem.field, "matvec"):
         return False
@@ -256,9 +256,7 @@ def run(settings: Settings) -> Result:
 
     from .stiff_targets import judged
 
-    if settings.device != "cpu":
-        raise BenchmarkError("stiff-suite compares with solvers that run on the CPU; leave --device out")
-    torch.set_num_threads(1)
+    one_thread(settings, "stiff-suite compares with solvers that run on the CPU")
     for name in settings.methods or ():
         if name not in METHODS:
             raise unknown("method", name, METHODS)

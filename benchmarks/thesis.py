@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,16 @@ from torch import Tensor
 
 from solvers.optim import INNER_OPTIMIZERS, InnerOptimizer
 
-from .registry import BENCHMARKS, Benchmark, BenchmarkError, Column, Result, Settings, Table
+from .registry import BENCHMARKS, Benchmark, Column, Result, Settings, Table
+from .running import ending
 from .stiff_checks import NOTHING
 from .stiff_problems import STIFF, line
-from .timing import interleaved
+from .timing import interleaved, one_thread
 
-__all__ = ["Traced", "run_grid", "run_inner", "run_scalar"]
+__all__ = ["run_grid", "run_inner", "run_scalar", "traced"]
 
 
-def prepared(settings: Settings) -> None:
-    """One thread; raises for what these do not offer."""
-    torch.set_num_threads(1)
-    if settings.device != "cpu":
-        raise BenchmarkError("the thesis' figures are made on the CPU; leave --device out")
+ON_CPU = "the thesis' figures are made on the CPU"
 
 
 # -- figure 5.2 -------------------------------------------------------------------------------------------------------
@@ -56,7 +53,7 @@ SCALARS = [
 
 def run_scalar(settings: Settings) -> Result:
     """Figure 5.2: proximal backward Euler with several inner tolerances against backward and forward Euler, step 0.01."""
-    prepared(settings)
+    one_thread(settings, ON_CPU)
     table, arrays = Table("Figure 5.2: two scalar equations, step 0.01", SCALARS), {}
     for name, (field, exact, end) in SCALAR.items():
         times = torch.linspace(0, end, round(end / WIDTH) + 1, dtype=torch.float64)
@@ -136,56 +133,27 @@ STARTS = [
 ]
 
 
-@dataclass(frozen=True)
-class Traced(InnerOptimizer):
-    """An inner solver whose iterates are written into ``path``."""
+def traced(inner: InnerOptimizer, path: list[Tensor]) -> InnerOptimizer:
+    """``inner``, whose iterates are written into ``path``."""
+    kind: Any = type(inner)
 
-    inner: InnerOptimizer
-    path: list[Tensor]
+    class Traced(kind):
+        def chosen(self, layout: Any) -> InnerOptimizer:
+            found = inner.chosen(layout)
+            return self if found is inner else traced(found, path)
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("inner", "path"):
-            raise AttributeError(name)
-        return getattr(self.inner, name)
+        def init(self, problem: Any, point: Any, running: Any, memory: Any) -> Any:
+            path.append(point.z.clone())
+            return super().init(problem, point, running, memory)
 
-    @property
-    def refresh(self) -> int:  # type: ignore[override]
-        return self.inner.refresh
+        def step(self, problem: Any, z: Tensor, r: Tensor, state: Any, running: Any) -> Any:
+            out = super().step(problem, z, r, state, running)
+            path.append(out.z.clone())
+            return out
 
-    @property
-    def rests(self) -> bool:  # type: ignore[override]
-        return self.inner.rests
-
-    @property
-    def patience(self) -> int:  # type: ignore[override]
-        return self.inner.patience
-
-    def chosen(self, layout: Any) -> InnerOptimizer:
-        return Traced(self.inner.chosen(layout), self.path)
-
-    def remember(self, layout: Any, y0: Tensor) -> Any:
-        return self.inner.remember(layout, y0)
-
-    def init(self, problem: Any, point: Any, running: Any, memory: Any) -> Any:
-        self.path.append(point.z.clone())
-        return self.inner.init(problem, point, running, memory)
-
-    def curvature(self, state: Any) -> Any:
-        return self.inner.curvature(state)
-
-    def memory(self, problem: Any, state: Any) -> Any:
-        return self.inner.memory(problem, state)
-
-    def step(self, problem: Any, z: Tensor, r: Tensor, state: Any, running: Any) -> Any:
-        out = self.inner.step(problem, z, r, state, running)
-        self.path.append(out.z.clone())
-        return out
-
-    def direct(self, problem: Any, z: Tensor) -> Any:
-        return self.inner.direct(problem, z)
-
-    def resume(self, problem: Any, point: Any, state: Any, again: Any) -> Any:
-        return self.inner.resume(problem, point, state, again)
+    found = copy.copy(inner)
+    object.__setattr__(found, "__class__", Traced)  # with the fields as they are, which are frozen
+    return found
 
 
 def inner_solvers(quick: bool) -> dict[str, InnerOptimizer]:
@@ -206,7 +174,7 @@ def inner_solvers(quick: bool) -> dict[str, InnerOptimizer]:
 
 def run_inner(settings: Settings) -> Result:
     """Figure 5.4: the iterates of every inner solver in the first step of backward Euler."""
-    prepared(settings)
+    one_thread(settings, ON_CPU)
     table, arrays = Table("Figure 5.4: inner solvers on the first step of backward Euler, 128 points, step 1/2000", STARTS), {}
     problem = STIFF["diff1d_128"]()
     noise = torch.randn(128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -227,19 +195,18 @@ def run_inner(settings: Settings) -> Result:
 
 def one_step(field: Any, y0: Tensor, exact: Tensor, solver: InnerOptimizer) -> tuple[dict[str, Any], list[Tensor]]:
     """The line of one solver and its iterates."""
-    from solvers import Status, solve
+    from solvers import solve
 
     path: list[Tensor] = []
     with torch.no_grad():
         found = solve(
-            field, y0, (0.0, ONE_STEP), method="prox_euler", num_steps=1, inner=Traced(solver, path), rtol=NOTHING, atol=1e-10,
+            field, y0, (0.0, ONE_STEP), method="prox_euler", num_steps=1, inner=traced(solver, path), rtol=NOTHING, atol=1e-10,
             inner_tol=1.0, max_iters=2000, energy=False, throw=False,
         )  # fmt: skip
     distances = [float((z - exact).abs().max()) for z in path]
-    status = Status(int(found.status))
     row: dict[str, Any] = {
         "iterations": len(path) - 1, "evaluations": int(found.stats.nfe), "error": distances[-1],
-        "ended": "done" if status == Status.SUCCESS else status.name.lower().replace("_", " "),
+        "ended": ending(found),
     }  # fmt: skip
     for level in LEVELS:
         row[f"at {level:g}"] = next((place for place, distance in enumerate(distances) if distance <= level), None)
@@ -285,11 +252,10 @@ PROXIMAL = "proximal, FR"
 
 def run_grid(settings: Settings) -> Result:
     """Figure 5.5: time of 20 steps of backward Euler, step 1/2000, against the number of points."""
-    prepared(settings)
+    one_thread(settings, ON_CPU)
     ways: dict[str, dict[str, Any]] = {PROXIMAL: {"inner": "fletcher_reeves", "rate": "cg"}, "Newton": {"inner": "newton"}}
     ways["Newton, Krylov"] = {"inner": "newton_krylov"}
-    if "fixed_point" in INNER_OPTIMIZERS:
-        ways["fixed point"] = {"inner": "fixed_point"}
+    ways["fixed point"] = {"inner": "fixed_point"}
     table = Table("Figure 5.5: 20 steps of backward Euler, step 1/2000, by inner solver and number of points", GRID)
     for points in QUICK_GRIDS if settings.quick else GRIDS:
         problem = line(points)
@@ -314,7 +280,7 @@ def run_grid(settings: Settings) -> Result:
 
 
 def grid_case(problem: Any, options: dict[str, Any]) -> Callable[[], tuple[int, str]]:
-    from solvers import Status, solve
+    from solvers import solve
 
     def case() -> tuple[int, str]:
         with torch.no_grad():
@@ -322,8 +288,7 @@ def grid_case(problem: Any, options: dict[str, Any]) -> Callable[[], tuple[int, 
                 problem.field, problem.y0, (0.0, GRID_STEPS * ONE_STEP), method="prox_euler", num_steps=GRID_STEPS, rtol=NOTHING,
                 atol=1e-7, inner_tol=1.0, energy=False, throw=False, **options,
             )  # fmt: skip
-        status = Status(int(found.status))
-        return int(found.stats.nfe), "done" if status == Status.SUCCESS else status.name.lower().replace("_", " ")
+        return int(found.stats.nfe), ending(found)
 
     return case
 

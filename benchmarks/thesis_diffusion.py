@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
-from .registry import BENCHMARKS, Benchmark, BenchmarkError, Column, Result, Settings, Table, unknown
+from .registry import BENCHMARKS, Benchmark, Column, Result, Settings, Table, unknown
 from .running import Ours, solve_ours
 from .stiff_checks import fixed_run
 from .stiff_problems import STIFF, StiffProblem
 from .stiff_suite import processor
+from .thesis import ON_CPU
+from .timing import one_thread
 
 __all__ = ["SCHEMES", "largest_curvature", "run_figure", "run_table"]
 
@@ -99,9 +101,7 @@ def schemes(settings: Settings) -> list[str]:
     for name in settings.methods or ():
         if name not in SCHEMES:
             raise unknown("scheme of the thesis", name, SCHEMES)
-    if settings.device != "cpu":
-        raise BenchmarkError("the thesis' figures are made on the CPU; leave --device out")
-    torch.set_num_threads(1)
+    one_thread(settings, ON_CPU)
     return list(settings.methods or (("prox_euler", "prox_bdf4") if settings.quick else SCHEMES))
 
 

@@ -20,12 +20,24 @@ from typing import Any
 
 import torch
 
-__all__ = ["Deadline", "OutOfTime", "Prepared", "Timing", "interleaved", "machine", "peak_increase", "peak_memory"]
+from .registry import BenchmarkError, Settings
+
+__all__ = [
+    *("Deadline", "OutOfTime", "Prepared", "Timing"),
+    *("interleaved", "machine", "one_thread", "peak_increase", "peak_memory"),
+]
 
 PACKAGES = (
     *("proxode", "torch", "numpy", "scipy", "matplotlib", "rich"),
     *("torchdiffeq", "torchode", "scikit-sundae", "torch-scatter", "torch_geometric"),
 )
+
+
+def one_thread(settings: Settings, why: str) -> None:
+    """Hold torch to one thread; raises BenchmarkError, with the reason `why`, where another device than the CPU is asked for."""
+    if settings.device != "cpu":
+        raise BenchmarkError(f"{why}; leave --device out")
+    torch.set_num_threads(1)
 
 
 class OutOfTime(Exception):

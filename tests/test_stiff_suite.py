@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import references, stiff_checks, stiff_targets
 from benchmarks.registry import Settings
 from benchmarks.stiff_problems import LARGE, STIFF, AllenCahn, BrusselatorLine, Heat
-from benchmarks.thesis import Traced
+from benchmarks.thesis import traced
 from benchmarks.thesis_diffusion import SCHEMES, largest_curvature
 
 STORED = ("robertson", "hires", "orego", "vdp1000", "e5", "pollution", "allencahn_128", "bruss1d_500", "bruss2d_64")
@@ -161,9 +161,9 @@ def test_tracing_an_inner_solver_does_not_change_what_it_does():
     inner = INNER_OPTIMIZERS["fletcher_reeves"]
     options = {"method": "prox_euler", "num_steps": 2, "rtol": 1e-15, "atol": 1e-8}
     plain = solve(problem.field, problem.y0, (0.0, 1e-3), inner=inner, **options)
-    traced = solve(problem.field, problem.y0, (0.0, 1e-3), inner=Traced(inner, path), **options)
-    assert torch.equal(plain.y, traced.y) and plain.stats.nfe == traced.stats.nfe
-    assert len(path) == int(traced.stats.inner_iterations) + 2  # and the two starts
+    told = solve(problem.field, problem.y0, (0.0, 1e-3), inner=traced(inner, path), **options)
+    assert torch.equal(plain.y, told.y) and plain.stats.nfe == told.stats.nfe
+    assert len(path) == int(told.stats.inner_iterations) + 2  # and the two starts
 
 
 def test_a_run_writes_tables_of_work_of_single_precision_and_of_what_has_to_be_reached(extras, tmp_path, capsys):
