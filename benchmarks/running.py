@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,12 +86,13 @@ def adaptive_explicit() -> list[str]:
 
 def solve_ours(problem: DiffusionProblem, ours: Ours, deadline: Deadline) -> Outcome:
     """Solve `problem` by one of our methods; the observer stops it when the deadline is over."""
-    from solvers import Status, solve
+    from solvers import Status, StiffnessWarning, solve
 
     options: dict[str, Any] = {**ours.options} if ours.steps is None else {"num_steps": ours.steps, **ours.options}
     deadline.start()
     times = torch.tensor(problem.times, dtype=torch.float64, device=problem.y0.device)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", StiffnessWarning)  # that explicit methods crawl is what is to be shown
         solution = solve(
             problem.field,
             problem.y0,
