@@ -18,7 +18,7 @@ from graphops.nn import GraphDiffusion
 
 from .citation_models import GRAND, NORMS, TOLERANCES
 from .citation_training import Job, Training, protocol, training_for
-from .graph_operators import gathered_spmm, scattered_spmm
+from .graph_operators import authors_scores, authors_shares, gathered_spmm, scattered_spmm
 from .graph_problems import allocator
 from .registry import Column, Result, Settings, Table, installed, need
 from .timing import interleaved, peak_memory
@@ -37,7 +37,8 @@ COLUMNS = [
     Column("error", "differs", "error"),
     Column("verdict", "verdict"),
 ]
-PEER = "torchdiffeq dopri5, gathers"
+PEER, AUTHORS = "torchdiffeq dopri5, gathers", "torchdiffeq dopri5, authors' kernels"
+"""The second, with torch-scatter, is what bars are of where it is installed; else the first, of torch alone."""
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "l": {"exp_linear": {}, "dopri5, checkpoint": {"method": "dopri5", "adjoint": "checkpoint"}, PEER: {}},
     "nl": {
@@ -57,26 +58,36 @@ class Gathered(nn.Module):
     """The model of a `GraphDiffusion`, parameters shared, with dense features, values of d numbers at the edges, and odeint."""
 
     stats = None
+    product = staticmethod(gathered_spmm)
 
     def __init__(self, model: GraphDiffusion, data: NodeData, norm: str) -> None:
         super().__init__()
         self.model: Any
         self.model, self.data, self.norm = model, data, norm
-        self.product = scattered_spmm if installed("torch_scatter") else gathered_spmm
         self.calls = 0
+
+    def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys, ``(n, H, F)``."""
+        attention = self.model.attention
+        q, k = (part(x).unflatten(1, (attention.heads, attention.width)) for part in (attention.query, attention.key))
+        return q, k
+
+    def by(self, graph: Graph) -> tuple[Tensor, bool]:
+        """The node at each edge over whose edges shares sum to 1, and whether by squareplus."""
+        how = NORMS[self.norm]
+        return graph.source if how["over"] == "outgoing" else graph.target, how["normaliser"] == "squareplus"
 
     def weights(self, graph: Graph, x: Tensor) -> Tensor:
         """Shares of the edges, a mean over heads."""
-        attention = self.model.attention
-        q, k = (part(x).unflatten(1, (attention.heads, attention.width)) for part in (attention.query, attention.key))
-        scores = (q.index_select(0, graph.target) * k.index_select(0, graph.source)).sum(-1) / attention.width**0.5
-        index = graph.source if NORMS[self.norm]["over"] == "outgoing" else graph.target
-        if NORMS[self.norm]["normaliser"] == "softmax":
+        q, k = self.ends(x)
+        scores = (q.index_select(0, graph.target) * k.index_select(0, graph.source)).sum(-1) / q.shape[-1] ** 0.5
+        index, by_squareplus = self.by(graph)
+        if by_squareplus:
+            scores = squareplus(scores)
+        else:
             rows = index[:, None].expand_as(scores)
             top = scores.new_full((graph.num_nodes, scores.shape[1]), -torch.inf).scatter_reduce(0, rows, scores, "amax")
             scores = (scores - top.detach().index_select(0, index)).exp()
-        else:
-            scores = squareplus(scores)
         total = scores.new_zeros(graph.num_nodes, scores.shape[1]).index_add(0, index, scores)
         return (scores / total.index_select(0, index)).mean(1)
 
@@ -99,12 +110,30 @@ class Gathered(nn.Module):
         return model.decode(torchdiffeq.odeint(field, z, times, method="dopri5", **TOLERANCES)[-1])
 
 
+class Authors(Gathered):
+    """The same with the kernels of graph-neural-pde."""
+
+    product = staticmethod(scattered_spmm)
+
+    def weights(self, graph: Graph, x: Tensor) -> Tensor:
+        index, by_squareplus = self.by(graph)
+        return authors_shares(index, graph.num_targets, authors_scores(graph, *self.ends(x)), by_squareplus).mean(1)
+
+
+PEERS: dict[str, type[Gathered]] = {PEER: Gathered, AUTHORS: Authors}
+
+
+def cases_of(variant: str) -> dict[str, dict[str, Any]]:
+    """The lines of a variant."""
+    return CASES[variant] | ({AUTHORS: {}} if installed("torch_scatter") else {})
+
+
 def case_training(case: str, dataset: str, variant: str, graph: str, norm: str) -> Training:
     """Model and data of one line, from the same seed."""
-    job = Job(dataset, 0, f"grand-{variant}", graph, norm=norm, recipe=GRAND[dataset], options=CASES[variant][case])
+    job = Job(dataset, 0, f"grand-{variant}", graph, norm=norm, recipe=GRAND[dataset], options=cases_of(variant)[case])
     training = training_for(job)
-    if case == PEER:
-        training.model = Gathered(training.model, training.data, norm)
+    if case in PEERS:
+        training.model = PEERS[case](training.model, training.data, norm)
     return training
 
 
@@ -118,29 +147,30 @@ def compare(settings: Settings) -> Result:
     need("torchdiffeq")
     dataset, variant, graph, norm = (settings.options[name] for name in ("dataset", "variant", "graph", "norm"))
     variant = "l" if variant == "l" else "nl"
-    trainings = {case: case_training(case, dataset, variant, graph, norm) for case in CASES[variant]}
+    trainings = {case: case_training(case, dataset, variant, graph, norm) for case in cases_of(variant)}
     outputs = evaluated(trainings)
     repeats = 1 if settings.quick else 15 if settings.full else 5
     timings = interleaved({case: training.step for case, training in trainings.items()}, repeats)
+    slow = AUTHORS if AUTHORS in timings else PEER
     table = Table(f"GRAND-{variant}, one training epoch", COLUMNS)
     for case, timing in timings.items():
         nfe, backwards = timing.value
         bar, most = BARS.get((variant, case)), PEAK.get((variant, case))
         peak = None if settings.quick else peak_memory(STATEMENT.format(case, dataset, variant, graph, norm))
-        ratio = timings[PEER].median_cpu / timing.median_cpu
+        ratio = timings[slow].median_cpu / timing.median_cpu
         line = {"name": case, "cpu": 1e3 * timing.median_cpu, "wall": 1e3 * timing.median_wall, "ratio": ratio, "bar": bar}
         line |= {"peak": peak, "nfe": nfe, "nfe_backward": backwards, "error": outputs[case]}
-        if case == PEER:
+        if case in PEERS:
             line["nfe"] = trainings[case].model.calls
         if bar is not None:
             line["verdict"] = "met" if ratio >= bar and (most is None or peak is None or peak <= most) else "SHORT"
         table.rows.append(line)
     job = Job(dataset, 0, graph=graph)
-    kernels = "torch_scatter" if installed("torch_scatter") else "index_add"
     table.notes = [
         f"{protocol(job)}; d = {GRAND[dataset].hidden}; attention: {norm}; allocator: {allocator()}",
         f"one thread; medians of {repeats} rounds",
-        f"the peer: dense features, gathers and {kernels}, torchdiffeq's dopri5 with backpropagation, the same tolerances",
+        "peers: dense features, torchdiffeq's dopri5 with backpropagation, the same tolerances; gathers and index_add, or "
+        f"advanced indexing and torch_scatter as the authors' code; ratios are to {slow!r}",
         "differs: of the output of the same weights from the peer's, relative to its largest; peak: MB above the start",
     ]
     return Result([table], {"against": "torchdiffeq"})
@@ -155,7 +185,7 @@ def evaluated(trainings: dict[str, Training]) -> dict[str, float]:
         parameter.add_(0.1 * torch.randn_like(parameter))
     found = {}
     for case, training in trainings.items():
-        own = source if case == PEER else training.model
+        own = training.model.model if case in PEERS else training.model
         own.load_state_dict(copy.deepcopy(source.state_dict()))
         training.model.eval()
         found[case] = training.output()

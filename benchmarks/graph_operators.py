@@ -200,17 +200,28 @@ def gathered_attention_step(graph: Graph, q: Tensor, k: Tensor, x: Tensor) -> Te
     return gathered_spmm(graph, shares.mean(1), x)
 
 
-def authors_attention_step(graph: Graph, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
-    """As graph-neural-pde computes it: advanced indexing, heads last, softmax and sum by torch-scatter."""
+def authors_shares(index: Tensor, size: int, scores: Tensor, squareplus: bool = False) -> Tensor:
+    """Scores ``(E, H)`` over their sums, softmax or squareplus, as graph-neural-pde computes them: sums by torch-scatter."""
     import torch_scatter
 
-    q, k = heads_of(q).transpose(1, 2), heads_of(k).transpose(1, 2)
-    scores = (q[graph.target, :, :] * k[graph.source, :, :]).sum(1) / q.shape[1] ** 0.5
-    index, size = graph.target, graph.num_nodes
-    top = torch_scatter.scatter(scores.detach(), index, dim=0, dim_size=size, reduce="max")
-    powers = (scores - top.index_select(0, index)).exp()
+    if squareplus:
+        powers = (scores + (scores**2 + 4).sqrt()) / 2
+    else:
+        top = torch_scatter.scatter(scores.detach(), index, dim=0, dim_size=size, reduce="max")
+        powers = (scores - top.index_select(0, index)).exp()
     total = torch_scatter.scatter(powers, index, dim=0, dim_size=size, reduce="sum") + 1e-16
-    return scattered_spmm(graph, (powers / total.index_select(0, index)).mean(1), x)
+    return powers / total.index_select(0, index)
+
+
+def authors_scores(graph: Graph, q: Tensor, k: Tensor) -> Tensor:
+    """Scores ``(E, H)`` as there, of ``(n, H, F)``: advanced indexing, heads last."""
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    return (q[graph.target, :, :] * k[graph.source, :, :]).sum(1) / q.shape[1] ** 0.5
+
+
+def authors_attention_step(graph: Graph, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+    scores = authors_scores(graph, heads_of(q), heads_of(k))
+    return scattered_spmm(graph, authors_shares(graph.target, graph.num_targets, scores).mean(1), x)
 
 
 # --- calculus --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import leaky_relu
 
 from . import segment
-from .autograd import hidden
+from .autograd import fusible, hidden, mean_shares
 from .errors import ArgumentError, unknown_name
 from .graph import Graph
 from .pattern import Segments
@@ -59,7 +59,10 @@ def dot_product(graph: Graph, q: Tensor, k: Tensor, scale: Scale = "sqrt_d_k") -
     factor = factors.get(scale) if isinstance(scale, str) else scale
     if factor is None:
         raise unknown_name("scale", scale, factors)
-    return sddmm(graph, q * factor, k)
+    if graph.num_edges > q.shape[0] * width:
+        return sddmm(graph, q * factor, k)
+    # On a sparse graph the products are fewer numbers than the queries.
+    return (sddmm(graph, widened(q), widened(k)) * factor).to(torch.promote_types(q.dtype, k.dtype))
 
 
 def units(x: Tensor, least: Tensor | float = 0.0) -> Tensor:
@@ -225,19 +228,23 @@ class Attention:
         if self.scale is not None and self.score != "dot_product":
             raise ArgumentError(f"scale = {self.scale!r} belongs to the dot product, not to {self.score!r}: leave it out")
 
-    def _shares(self, graph: Graph, weight: Tensor | None, q: Tensor, k: Tensor, parameters: dict[str, Any]) -> Tensor:
-        """``(E,)`` or ``(E, H)``, every head on its own."""
+    def _shares(
+        self, graph: Graph, weight: Tensor | None, q: Tensor, k: Tensor, parameters: dict[str, Any], mean: bool
+    ) -> Tensor:
+        """``(E,)`` of one head or, if ``mean``, of the mean of all, else ``(E, H)``, every head on its own."""
         score = SCORES[self.score] if isinstance(self.score, str) else self.score
         if self.scale is not None:
             parameters = {"scale": self.scale, **parameters}
         segments = graph.incoming if self.over == "incoming" else graph.outgoing
         scores = score(graph, q, k, **parameters)
-        return shares_of(segments, scores, self.normaliser, weight, self.reweight == "scores")
+        if mean and weight is None and scores.dim() == 2 and fusible(scores):
+            return mean_shares(segments, widened(scores), self.normaliser).to(scores.dtype)
+        shares = shares_of(segments, scores, self.normaliser, weight, self.reweight == "scores")
+        return averaged(shares) if mean and shares.dim() == 2 else shares
 
     def weights(self, graph: Graph, q: Tensor, k: Tensor, **parameters: Any) -> Tensor:
         """Weights of the edges, in their order: ``(E,)``, or ``(E, H)`` of kept heads. ``parameters`` go to the score."""
-        shares = self._shares(graph, edge_weights(graph, self.reweight), q, k, parameters)
-        return averaged(shares) if shares.dim() == 2 and self.heads == "mean" else shares
+        return self._shares(graph, edge_weights(graph, self.reweight), q, k, parameters, self.heads == "mean")
 
     def __call__(self, graph: Graph, q: Tensor, k: Tensor, v: Tensor, **parameters: Any) -> Tensor:
         """Weighted sums of values over the edges into each node, in memory O(E H + n H D).
@@ -250,11 +257,10 @@ class Attention:
             # No value at an edge leaves, so their order is free; a score of one's own may bring such values along.
             weight = weight if weight is None or graph.is_sorted else weight[graph.perm]
             graph = graph.sort(weighted=False)
-        shares = self._shares(graph, weight, q, k, parameters)
+        # Heads of the same values are averaged at the edges: one product.
+        shares = self._shares(graph, weight, q, k, parameters, self.heads == "mean" and v.dim() < 3)
         if shares.dim() == 1:
             return spmm(graph, shares, v)
-        if v.dim() < 3 and self.heads == "mean":
-            return spmm(graph, averaged(shares), v)  # heads of the same values are averaged at the edges: one product
         if v.dim() < 3:
             v = v.unsqueeze(1).expand(-1, shares.shape[1], *v.shape[1:])
         out = spmm(graph, shares, v)

@@ -19,9 +19,11 @@ __all__ = [
     "difference",
     "exclusive_product",
     "first_extremum",
+    "fusible",
     "gather",
     "hidden",
     "logsumexp",
+    "mean_shares",
     "product",
     "sddmm",
     "softmax",
@@ -57,6 +59,21 @@ def softmax(segments: Segments, values: Tensor, using: str | None = None) -> Ten
     if kernels.traceable or _unrecorded(values):
         return kernels.softmax(segments, values)
     return _record(_Softmax, values, rest=(segments, using or asked_for()))
+
+
+def fusible(values: Tensor) -> bool:
+    """Whether ``mean_shares`` takes ``values`` now: kernels serve them, and no transform asks for a rule of its own."""
+    return not (chosen("softmax", None, values).traceable or _under_transform((values,)))
+
+
+def mean_shares(segments: Segments, values: Tensor, by: str, using: str | None = None) -> Tensor:
+    """The mean over heads of ``by``, softmax or squareplus over its sum, of values that are ``fusible``: ``(E, H) -> (E,)``.
+
+    One derivative for all of it, which forms two numbers an edge and head, in place of one for each of its parts.
+    """
+    if _unrecorded(values):
+        return _MeanShares.forward(values, segments, by, using or asked_for())[0]
+    return _record(_MeanShares, values, rest=(segments, by, using or asked_for()))[0]
 
 
 def logsumexp(segments: Segments, values: Tensor, using: str | None = None) -> Tensor:
@@ -204,6 +221,53 @@ class _Softmax(_OverSegments):
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Tensor, int]:
         return _Softmax.batched(in_dims, *args)
+
+
+class _MeanShares(torch.autograd.Function):
+    """Shares p are an output too, so that they are saved with their own derivative; s' is that of the logarithm of what is
+    divided by its sum: dp = p s' (g - sum of p g over the segment)."""
+
+    @staticmethod
+    def forward(values: Tensor, segments: Segments, by: str, using: str) -> tuple[Tensor, Tensor]:
+        if by == "softmax":
+            shares = chosen("softmax", using, values).softmax(segments, values)
+        else:
+            positive = _squareplus(values)
+            total = chosen("sum", using, values).sum(segments, positive)
+            scale = total.masked_fill_(total == 0, 1.0).reciprocal_()
+            shares = positive.mul_(scale.index_select(0, segments.index))
+        heads = shares.shape[1]
+        return torch.mv(shares, shares.new_full((heads,), 1 / max(heads, 1))), shares
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        values, ctx.segments, by, ctx.using = inputs
+        ctx.save_for_backward(output[1], *(() if by == "softmax" else (values,)))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, to_shares: Tensor | None) -> tuple[Any, ...]:
+        shares, *values = ctx.saved_tensors
+        slope = to_shares
+        if grad is not None:
+            each = grad / max(shares.shape[1], 1)
+            slope = each.unsqueeze(1) if slope is None else slope + each.unsqueeze(1)
+        if slope is None:
+            return None, None, None, None
+        if to_shares is None:
+            mean = weighted_total(ctx.segments, each, shares, ctx.using)
+        else:
+            mean = total(ctx.segments, shares * slope, ctx.using)
+        out = (slope - gather(ctx.segments, mean, ctx.using)) * shares
+        for x in values:
+            out = out * (x * x + 4).rsqrt()
+        return out, None, None, None
+
+
+def _squareplus(x: Tensor) -> Tensor:
+    """(x + sqrt(x^2 + 4)) / 2 without cancellation, in few passes."""
+    large = (x * x).add_(4).sqrt_().add_(x.abs()).mul_(0.5)
+    return torch.where(x > 0, large, large.reciprocal())
 
 
 class _LogSumExp(_OverSegments):

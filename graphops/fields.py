@@ -199,15 +199,6 @@ def rewired(graph: Graph, weights: EdgeWeights, x: Tensor, rho: float) -> Graph:
 # --- fields ----------------------------------------------------------------------------------------------------------
 
 
-def one_loop_each(graph: Graph) -> Tensor | None:
-    """Mask ``(E,)`` of the loops if every node has exactly one, else None."""
-    loops = graph.source == graph.target
-    nodes = graph.source[loops]
-    if nodes.numel() != graph.num_sources or not bool((nodes.bincount(minlength=nodes.numel()) == 1).all()):
-        return None
-    return loops
-
-
 @dataclass(frozen=True, eq=False)
 class LinearDiffusion:
     """dX/dt = alpha (A - I) X + b with everything constant: a linear field, X(T) = exp(T alpha (A - I)) X(0) if b = 0.
@@ -244,10 +235,10 @@ class LinearDiffusion:
             graph, weight = graph.sort(weighted=False), weight[graph.perm]
         for name, value in (("graph", graph), ("weight", weight)):
             object.__setattr__(self, name, value)
-        loops = None if self._per_feature else one_loop_each(graph)
+        identity = None if self._per_feature else graph.pattern.identity(weight.dtype)
         # alpha (A - I) as weights of edges, the identity on the loops; else A.
-        object.__setattr__(self, "_folded", loops is not None)
-        object.__setattr__(self, "_entries", weight if loops is None else self.alpha * (weight - loops.to(weight.dtype)))
+        object.__setattr__(self, "_folded", identity is not None)
+        object.__setattr__(self, "_entries", weight if identity is None else self.alpha * (weight - identity))
 
     @property
     def _per_feature(self) -> bool:

@@ -165,6 +165,7 @@ class Pattern:
         self._places: dict[int, Tensor] = {}
         self._zeros: dict[tuple[int, torch.dtype], Tensor] = {}
         self._signs: dict[torch.dtype, Tensor] = {}
+        self._identities: dict[torch.dtype, Tensor | None] = {}
 
     @cached_property
     def transposed(self) -> Pattern:
@@ -244,6 +245,15 @@ class Pattern:
         if dtype not in self._signs:
             self._signs[dtype] = torch.tensor([1, -1], dtype=dtype, device=self.rows.device).repeat(self.rows.count)
         return self._signs[dtype]
+
+    def identity(self, dtype: torch.dtype) -> Tensor | None:
+        """The identity as values at entries ``(E,)``: 1 on the diagonal, 0 elsewhere. None unless it has one entry a row."""
+        if dtype not in self._identities:
+            diagonal = self.rows.index == self.columns.index
+            nodes = self.rows.index[diagonal]
+            whole = nodes.numel() == self.rows.size and bool((nodes.bincount(minlength=nodes.numel()) == 1).all())
+            self._identities[dtype] = diagonal.to(dtype) if whole else None
+        return self._identities[dtype]
 
     def to(self, device: torch.device | str) -> Pattern:
         """The same on another device; what depends on heads or dtype is worked out anew there."""

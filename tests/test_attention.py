@@ -13,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import cosine_similarity, leaky_relu
 
 import graphops as go
-from graphops import Attention
+from graphops import Attention, autograd
 from graphops import attention as at
 
 DOUBLE = torch.float64
@@ -345,3 +345,27 @@ def test_bad_input(graph):
     for call, error, words in cases:
         with pytest.raises(error, match=words):
             call()
+
+
+@pytest.mark.parametrize("by", ["softmax", "squareplus"])
+@pytest.mark.parametrize("over", ["incoming", "outgoing"])
+def test_the_mean_of_heads_in_one_function_is_that_of_its_parts(by, over):
+    """An empty segment, parallel edges, a row masked out; batched cotangents; first and second derivatives."""
+    graph = go.Graph(torch.randint(0, 6, (2, 20), generator=torch.Generator().manual_seed(0)), 7)
+    segments = getattr(graph, over)
+    scores = 3 * torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def parts(x):
+        return at.averaged(at.normalise(graph, x, by, over))
+
+    def whole(x):
+        return autograd.mean_shares(segments, x, by)
+
+    masked = torch.where(segments.index[:, None] == 1, -torch.inf, scores) if by == "softmax" else scores
+    torch.testing.assert_close(whole(masked), parts(masked))
+    x = scores.clone().requires_grad_()
+    cotangents = torch.randn(4, 20, dtype=torch.float64)
+    own, theirs = (torch.autograd.grad(f(x), x, cotangents, is_grads_batched=True)[0] for f in (whole, parts))
+    torch.testing.assert_close(own, theirs)
+    assert torch.autograd.gradcheck(whole, x) and torch.autograd.gradgradcheck(whole, x)
+    assert whole(x[:, :0]).shape == (20,)
