@@ -113,6 +113,8 @@ def jobs_of(settings: Settings, cell: Cell, source: str | None) -> list[Job]:
     chosen = {"source": source, **solver(variant, settings.methods[0] if settings.methods else None)}
     if chosen["method"] == "exp_linear" and cell.time > 100:
         chosen["krylov_dim"] = 200  # uniformisation in one step; it needs no more products than it uses
+    if chosen["method"] != "exp_linear" and cell.time > 40:
+        chosen["adjoint"] = "checkpoint"  # the graph of a thousand evaluations would take gigabytes
     common = (f"grand-{variant}", options["graph"], "random", cell.labels, options["norm"], recipe, chosen)
     return [Job(options["dataset"], seed, *common) for seed in range(splits)]
 
