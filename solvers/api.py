@@ -24,7 +24,7 @@ from .field import Field
 from .interpolate import DenseOutput
 from .layout import Layout, transforms_active
 from .loop import Plan, Step, Times, Trajectory
-from .methods import METHODS, Method, stiffness
+from .methods import METHODS, Method, stiffness, unseen
 from .norms import ErrorNorm
 from .problem import callable_field, demand, potential
 from .registry import all_options, claim_options, nearest, option_owner, options_of
@@ -624,7 +624,7 @@ def _held_back(plan: Plan, trajectory: Trajectory, sample: int, stats: Stats) ->
 
 @torch.no_grad()
 def _stiffness(plan: Plan, trajectory: Trajectory, sample: int, stats: Stats, iterations: int = 12) -> float | None:
-    """|dt| rho(df/dy) of a sample where the solve ended, by the nonlinear power method; None if it cannot be told, or if the
+    """|dt| rho(df/dy) of a sample where the solve ended, by the nonlinear power method; None if it cannot be told, 0 if the
     mode found does not decay (of growing and swinging ones, accuracy asks for small steps)."""
     if plan.method.implicit or not plan.controller.adaptive:
         return None
@@ -635,15 +635,15 @@ def _stiffness(plan: Plan, trajectory: Trajectory, sample: int, stats: Stats, it
         stats.nfe += 1
         base = field(t, y)
         direction = base + 1e-3 * torch.sin(torch.arange(y.numel(), device=y.device)).view_as(y).to(y.dtype)
-        small = torch.finfo(layout.real_dtype).eps ** 0.5 * (layout.norm(y) + 1e-8)
+        small, seen = torch.finfo(layout.real_dtype).eps ** 0.5 * (layout.norm(y) + 1e-8), unseen(layout, y)
         for _ in range(iterations):
             stats.nfe += 1
-            probe = layout.spread(small / layout.ops.maximum(layout.norm(direction), 1e-30)) * direction
-            direction = (field(t, y + probe) - base) / layout.spread(small)
+            unit = direction / layout.spread(layout.ops.maximum(layout.norm(direction), 1e-30))
+            direction = (field(t, y + layout.spread(small) * unit) - base) / layout.spread(small)
+            found, seen = stiffness(layout, 1.0, unit, layout.spread(trajectory.dt_last) * direction, seen)
     except Exception:  # f failing here must not hide the failure that is being reported
         return None
-    dt = layout.spread(trajectory.dt_last) if not layout.joint else trajectory.dt_last
-    value = torch.as_tensor(stiffness(layout, probe, dt * layout.spread(small) * direction)).reshape(-1)[sample].item()
+    value = torch.as_tensor(found).reshape(-1)[sample].item()
     return value if math.isfinite(value) else None
 
 

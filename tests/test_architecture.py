@@ -49,7 +49,7 @@ PLANS = {"solvers": FLOORS, "graphops": GRAPH_FLOORS}
 SHARED_IN_FOLDER: dict[str, set[str]] = {
     "solvers.methods": {
         "base", "tableau", "tableaus", "implicit_tableaus", "stages", "adams_weights", "rock4_table", "rock4_recursion",
-        "backward_weights", "solving",
+        "backward_weights", "solving", "stiffness",
     },
     "solvers.control": {"base"},
     "solvers.optim": {

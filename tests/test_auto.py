@@ -41,6 +41,25 @@ def van_der_pol(t, y, mu):
     return torch.stack([b, mu * ((1 - a * a) * b) - a], -1)
 
 
+def swinging(decay, swing, scale=1.0):
+    """x'' + 2 decay x' + (decay**2 + swing**2) (x - sin t) = 0 with x' in units of ``scale``: far from normal unless that is
+    near the frequency."""
+    square = decay * decay + swing * swing
+
+    def f(t, y):
+        x, v = y.unbind(-1)
+        return torch.stack([scale * v, square / scale * (torch.sin(t) - x) - 2 * decay * v], -1)
+
+    return f
+
+
+def spiral(t, y):
+    """A slow solution, (sin t, cos 2t), and modes -500 +- 2000 i beside it."""
+    target = torch.stack([torch.sin(t), torch.cos(2 * t)], -1)
+    off, (a, b) = torch.stack([torch.cos(t), -2 * torch.sin(2 * t)], -1), (y - target).unbind(-1)
+    return off + torch.stack([-500 * a + 2000 * b, -2000 * a - 500 * b], -1)
+
+
 def counted(f):
     def g(t, y, *args):
         g.calls += 1
@@ -90,6 +109,48 @@ def test_a_stiff_mode_of_small_components_is_seen_at_tight_tolerances():
     assert s.stats.nfe_by_method["dopri5"] < 1200
 
 
+@pytest.mark.parametrize("mode", ["joint", "samples", "groups"])
+def test_stiff_modes_that_swing_are_seen(mode):
+    make, how = MODES[mode]
+    group = torch.tensor([0, 0, 1])
+
+    def f(t, y):
+        return spiral(t if mode == "joint" else (t if mode == "samples" else t[group]), y)
+
+    s = solve(f, make(torch.tensor([0.0, 1.1], dtype=D)), [0.0, 0.5], method="auto", **how)
+    assert (torch.as_tensor(s.stats.switches) == 1).all()
+    assert s.stats.nfe_by_method["dopri5"] < 1200  # dopri5 alone: 2,300, and 4,650 for each unit of time
+    exact = torch.tensor([0.5, 1.0], dtype=D)
+    assert (s.y[-1] - torch.stack([exact[0].sin(), exact[1].cos()])).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1.0, 50.0, 2000.0])
+def test_they_are_seen_however_far_from_normal_the_jacobian_is(scale):
+    s = solve(swinging(500.0, 2000.0, scale), torch.tensor([-2.35e-4, 1 / scale], dtype=D), [0.0, 0.3], method="auto", rtol=1e-4)
+    assert s.stats.switches == 1
+    assert s.stats.nfe_by_method["dopri5"] < 1200
+
+
+def test_they_are_seen_in_complex_numbers_and_backwards_in_time():
+    def f(t, y, way):
+        return way * (-500 + 2000j) * (y - torch.sin(t)) + torch.cos(t)
+
+    for way in (1.0, -1.0):
+        s = solve(f, torch.ones(1, dtype=torch.complex128), [0.0, way], method="auto", args=(way,))
+        assert s.stats.switches == 1
+        assert (s.y[-1] - torch.sin(torch.tensor(way))).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("tol", [1e-3, 1e-5])
+@pytest.mark.parametrize(("decay", "scale"), [(1.0, 1.0), (1.0, 1000.0), (10.0, 1000.0), (0.0, 1000.0)])
+def test_an_oscillation_that_lasts_stays_explicit(decay, scale, tol):
+    f = swinging(decay, 1000.0, scale)
+    y0 = torch.tensor([1.0, 0.0], dtype=D)
+    one, other = (solve(f, y0, [0.0, 0.04], method=m, rtol=tol, atol=1e-3 * tol) for m in ("auto", "dopri5"))
+    assert one.stats.switches == 0
+    assert torch.equal(one.y, other.y)
+
+
 @pytest.mark.parametrize("tol", [1e-5, 1e-7])
 @pytest.mark.parametrize("name", MILD)
 def test_a_mild_problem_stays_explicit_and_costs_what_dopri5_does(name, tol):
@@ -136,6 +197,14 @@ def test_the_warning_of_stiffness_names_it():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         solve(kaps, ONES, [0.0, 3.0], method="auto", rtol=1e-3)
+
+
+def test_the_warning_of_stiffness_sees_modes_that_swing():
+    with pytest.warns(StiffnessWarning, match="method='auto'"):
+        solve(spiral, torch.tensor([0.0, 1.0], dtype=D), [0.0, 1.5], method="dopri5", rtol=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solve(swinging(1.0, 1000.0), torch.tensor([1.0, 0.0], dtype=D), [0.0, 0.9], method="dopri5", rtol=1e-4)
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from torch import Tensor
 from ..optim import InnerOptimizer, any_true
 from ..optim.newton import Newton
 from ..status import Status
-from .base import METHODS, Method, StepOut, number
+from .base import METHODS, Method, StepOut, inverse, number
 from .solving import check_inner_options
+from .stiffness import Seen, stiffness, unseen
 
 EXPLICIT, IMPLICIT = "dopri5", "prox_bdf"
 CHOOSING = Newton("auto")
@@ -22,11 +23,13 @@ CHOOSING = Newton("auto")
 
 class AutoState(NamedTuple):
     """order: 0 for explicit steps, else that of the implicit formula, int or ``(B,)``. explicit: :class:`_Kept` in joint mode,
-    else :class:`_Rows`. implicit: the implicit method's state; None in joint mode while steps are explicit."""
+    else :class:`_Rows`. implicit: the implicit method's state; None in joint mode while steps are explicit. seen: what the
+    last explicit step showed of the Jacobian."""
 
     order: Any
     explicit: Any
     implicit: Any
+    seen: Seen
 
     @property
     def count(self) -> Any:
@@ -42,11 +45,13 @@ class _Rows(NamedTuple):
 
 
 class AutoError(NamedTuple):
-    """What the two methods made of the step, None of the one that had no sample; the samples of the implicit one."""
+    """What the two methods made of the step, None of the one that had no sample; the samples of the implicit one; |dt lambda|
+    of the explicit one."""
 
     explicit: StepOut | None
     implicit: StepOut | None
     stiff: Any
+    measure: Any
 
 
 class AutoDense(NamedTuple):
@@ -135,12 +140,12 @@ class Auto(Method):
     def init(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor | None) -> AutoState:
         layout = field.layout
         if layout.joint:
-            return AutoState(0, _Kept(y0, f0), None)
+            return AutoState(0, _Kept(y0, f0), None, unseen(layout, y0))
         known = torch.full((layout.batch,), f0 is not None, device=layout.device)
         f0 = torch.zeros_like(y0) if f0 is None else f0
         order = torch.zeros(layout.batch, dtype=torch.int64, device=layout.device)
         explicit = _Rows(known, self.explicit_method.init(field, t0, dt, y0, f0))
-        return AutoState(order, explicit, self.stiff_method.init(field, t0, dt, y0, f0))
+        return AutoState(order, explicit, self.stiff_method.init(field, t0, dt, y0, f0), unseen(layout, y0))
 
     def step(self, field: Any, t0: Any, dt: Any, y0: Tensor, state: AutoState, active: Any) -> StepOut:
         if not field.layout.joint:
@@ -155,7 +160,8 @@ class Auto(Method):
             kept.begun = y0, known
         out = method.step(field, t0, dt, y0, known, active)
         kept.ended = out.y1, out.state
-        return _told(field.layout, out, None, False, AutoState(0, kept, None), 0)
+        seen, measure = self._look(field, dt, y0, out, state.seen)
+        return _told(field.layout, out, None, False, measure, AutoState(0, kept, None, seen), 0)
 
     def _implicit(self, field: Any, t0: Any, dt: Any, y0: Tensor, state: AutoState, active: Any) -> StepOut:
         before, work = state.implicit, 0
@@ -164,13 +170,22 @@ class Auto(Method):
                 slope, work = field(field.time(t0), y0), 1
             before = self.stiff_method.init(field, t0, dt, y0, slope)
         out = self.stiff_method.step(field, t0, dt, y0, before._replace(order=state.order), active)
-        return _told(field.layout, None, out, True, AutoState(state.order, state.explicit, out.state), work)
+        after = AutoState(state.order, state.explicit, out.state, state.seen)
+        return _told(field.layout, None, out, True, 0.0, after, work)
+
+    @torch.no_grad()
+    def _look(self, field: Any, dt: Any, y0: Tensor, out: StepOut, before: Seen) -> tuple[Seen, Any]:
+        size = number(dt)
+        change, slopes = self.explicit_method.last_two(out)
+        slopes = slopes * field.layout.spread(inverse(abs(size)))
+        found, seen = stiffness(field.layout, field.norm.scale(y0.detach(), out.y1.detach()), change, slopes, before)
+        return seen, abs(size) * found
 
     def _rows(self, field: Any, t0: Any, dt: Any, y0: Tensor, state: AutoState, active: Any) -> StepOut:
         layout, stiff, work = field.layout, state.order > 0, 0
         rest = ~stiff
         begins = active & stiff & (state.implicit.count == 0)
-        kept, implicit, one, other = state.explicit, state.implicit, None, None
+        kept, implicit, seen, one, other, measure = state.explicit, state.implicit, state.seen, None, None, 0.0
         need = ((active & rest) | begins) & ~kept.known
         if any_true(need):
             slope, work = field(field.time(t0), y0), 1
@@ -179,6 +194,7 @@ class Auto(Method):
             one = self.explicit_method.step(field, t0, torch.where(stiff, 0.0, dt), y0, kept.state, active & rest)
             # At once, for f may write its next answer over this one.
             kept = _Rows(kept.known, layout.merge(rest, one.state, kept.state))
+            seen, measure = self._look(field, torch.where(stiff, 0.0, dt), y0, one, seen)
         if any_true(begins):
             start = self.stiff_method.init(field, t0, dt, y0, kept.state.k0)._replace(memory=implicit.memory)
             implicit = layout.merge(begins, start, implicit)
@@ -187,8 +203,8 @@ class Auto(Method):
             other = self.stiff_method.step(field, t0, torch.where(stiff, dt, 0.0), y0, before, active & stiff)
             implicit = layout.merge(stiff, other.state, implicit)
         implicit = implicit._replace(count=torch.where(stiff, implicit.count, 0))
-        after = AutoState(state.order, _Rows(kept.known & rest, kept.state), implicit)
-        return _told(layout, one, other, stiff, after, work)
+        after = AutoState(state.order, _Rows(kept.known & rest, kept.state), implicit, seen)
+        return _told(layout, one, other, stiff, measure, after, work)
 
     def replay(
         self, field: Any, t0: Any, dt: Any, y0: Tensor, state: AutoState, active: Any, interior: bool
@@ -203,11 +219,11 @@ class Auto(Method):
         """Errors for the orders k - 1, k and k + 1, infinite where there is none, and dt times the stiffness in units of the
         explicit method's stability limit."""
         layout, found = norm.layout, []
-        one, other, stiff = out.error
+        one, other, stiff, measure = out.error
         if one is not None:
             own = self.explicit_method.ratio(norm, y0, one)
             none = own * 0.0 + math.inf
-            found.append((none, own, none, self.explicit_method.stiffness(layout, norm.scale(y0, one.y1), one)))
+            found.append((none, own, none, measure))
         if other is not None:
             inner = self.stiff_method.inner.chosen(layout)
             size = abs(number(other.dense.dt))
@@ -234,9 +250,11 @@ class Auto(Method):
         return torch.where(dense.layout.spread(dense.stiff), found[1], found[0])
 
 
-def _told(layout: Any, one: StepOut | None, other: StepOut | None, stiff: Any, state: AutoState, work: int) -> StepOut:
+def _told(
+    layout: Any, one: StepOut | None, other: StepOut | None, stiff: Any, measure: Any, state: AutoState, work: int
+) -> StepOut:
     """What the two methods did in one step, with ``work`` calls of f besides."""
-    error, dense = AutoError(one, other, stiff), AutoDense(layout, one and one.dense, other and other.dense, stiff)
+    error, dense = AutoError(one, other, stiff, measure), AutoDense(layout, one and one.dense, other and other.dense, stiff)
     spent = {name: out.work for name, out in ((EXPLICIT, one), (IMPLICIT, other)) if out is not None}
     spent[EXPLICIT if IMPLICIT not in spent else IMPLICIT] += work
     total = sum(spent.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
@@ -179,21 +178,6 @@ def inverse(dt: Any) -> Any:
         return 1.0 / dt if dt else 0.0
     still = dt == 0
     return torch.where(still, 0.0, 1.0 / torch.where(still, 1.0, dt))
-
-
-@torch.no_grad()
-def stiffness(layout: Any, change: Tensor, slopes: Tensor) -> Any:
-    """dt |lambda| of the mode in which the state changed by ``change`` and dt f by ``slopes``, 0 unless it decays: of growing
-    and swinging ones, accuracy asks for small steps. Float in joint mode, else ``(B,)``."""
-    products = change.conj() * slopes
-    sums = [change.abs().square(), slopes.abs().square(), products.real if products.is_complex() else products]
-    if layout.joint:
-        change_2, slopes_2, along = torch.stack([layout.sum(x) for x in sums]).tolist()
-        decays = along < 0 and along * along > 0.25 * change_2 * slopes_2 > 0
-        return math.sqrt(slopes_2 / change_2) if decays else 0.0
-    change_2, slopes_2, along = (layout.sum(x) for x in sums)
-    decays = (along < 0) & (along.square() > 0.25 * change_2 * slopes_2) & (change_2 > 0)
-    return torch.where(decays, (slopes_2 / torch.where(decays, change_2, 1.0)).sqrt(), 0.0)
 
 
 METHODS: Registry[Method] = Registry("method")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..layout import forward_mode, transforms_active
-from .base import METHODS, StepOut, TableauMethod, stiffness
+from .base import METHODS, StepOut, TableauMethod
 from .stages import BufferStages, HostStages, ListStages, Row, RowStages
 from .tableau import Tableau
 from .tableaus import TABLEAUS
@@ -188,15 +188,13 @@ class RungeKutta(TableauMethod):
             factor = factor * (powers - n)
         return factor * theta.unsqueeze(-1) ** (powers - derivative).clamp(min=0) @ P[:, :stages]
 
-    def stiffness(self, layout: Any, scale: Tensor, out: StepOut) -> Any:
-        """dt times the largest |lambda| that the step has met, float or ``(B,)``, where the last two stages are both at its end
-        and belong to almost the same state (Hairer & Wanner II, IV.2); in units of ``scale``, in which the modes that limit the
-        step stand out from the larger ones that do not."""
+    def last_two(self, out: StepOut) -> tuple[Tensor, Tensor]:
+        """By how much the arguments of the last two stages differ, and dt times the stages themselves."""
         before, last = self.tableau.a[-2:]
         change = tuple(b - a for a, b in zip((*before, 0.0), last, strict=True))
         slopes = (*(0.0 for _ in before), -1.0, 1.0)
         stages, dt = out.dense.stages, out.dense.dt
-        return stiffness(layout, stages.error(dt, change) / scale, stages.error(dt, slopes) / scale)
+        return stages.error(dt, change), stages.error(dt, slopes)
 
     def ratio(self, norm: Any, y0: Tensor, out: StepOut) -> Any:
         dt, stages, rows = out.error.dt, out.error.stages, self.tableau.b_error

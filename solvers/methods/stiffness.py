@@ -1,0 +1,82 @@
+"""What differences of f that are at hand say of the eigenvalues of its Jacobian."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+DAMPED = 0.04
+"""-Re lambda / |lambda| from which on a mode that swings is one that decays: accuracy asks for small steps for the others."""
+SWINGING = 0.5
+"""|Im lambda| / |Re lambda| from which on two eigenvalues are worth being told from a real one."""
+AGREEING = 0.25
+"""Relative change of the eigenvalues found in two steps in a row up to which they are believed."""
+INDEPENDENT = 1e3
+"""Multiple of the machine epsilon that sin**2 of the angle between two differences has to exceed."""
+
+
+class Seen(NamedTuple):
+    """Two arguments of f differed by ``change``, its values by ``slopes``, in the direction of time; ``found``: |lambda|**2 and
+    Re lambda of the pair of eigenvalues that these and the ones before belong to, floats or ``(B,)``, 0 if there is none."""
+
+    change: Tensor
+    slopes: Tensor
+    found: tuple[Any, Any]
+
+
+def unseen(layout: Any, y: Tensor) -> Seen:
+    none = torch.zeros_like(y.detach())
+    zero = 0.0 if layout.joint else torch.zeros(layout.batch, dtype=layout.real_dtype, device=layout.device)
+    return Seen(none, none, (zero, zero))
+
+
+@torch.no_grad()
+def stiffness(layout: Any, scale: Any, change: Tensor, slopes: Tensor, before: Seen) -> tuple[Any, Seen]:
+    """The largest |lambda| of modes that decay, as far as two differences show it, 0 if none does, in 1 / t; float or ``(B,)``.
+
+    One difference v gives |Jv| / |v|, which is right for a real lambda. If a pair of conjugate eigenvalues is the largest,
+    two differences span its plane, and J restricted to it has them, however far from normal J is. ``scale``: units in which the
+    modes that hold a step back stand out from larger ones that do not.
+    """
+    ops = layout.ops
+    v2, a2, va, fit = _products(layout, [x / scale for x in (change, slopes, before.change, before.slopes)])
+    along = (va < 0) & (va * va > 0.25 * v2 * a2) & (v2 > 0)
+    single = ops.power(ops.where(along, a2, 0.0) / ops.where(along, v2, 1.0), 0.5)
+    square, real = _eigenvalues(ops, fit, INDEPENDENT * torch.finfo(layout.real_dtype).eps)
+    old_square, old_real = before.found
+    near = (abs(square - old_square) < 2 * AGREEING * square) & ((real - old_real) * (real - old_real) < AGREEING**2 * square)
+    decays = (real < 0) & (real * real > DAMPED**2 * square)
+    pair = ops.power(ops.where(decays, square, 0.0), 0.5)
+    return ops.where(near, pair, single), Seen(change, slopes, (square, real))
+
+
+def _products(layout: Any, vectors: list[Tensor]) -> tuple[Any, Any, Any, tuple[Any, ...]]:
+    """Of v, a = Jv, u, b = Ju: |v|**2, |a|**2, <v, a>; and |v|**2, |u|**2, <v, u>, <v, a>, <u, a>, <v, b>, <u, b>."""
+    if layout.joint:
+        rows = torch.stack(vectors)
+        rows = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
+        (v2, va, vu, vb), (_, a2, ua, _), (_, _, u2, ub), _ = (rows @ rows.T).tolist()
+        return v2, a2, va, (v2, u2, vu, va, ua, vb, ub)
+    v, a, u, b = vectors
+
+    def dot(x: Tensor, y: Tensor) -> Tensor:
+        product = x.conj() * y
+        return layout.sum(product.real if product.is_complex() else product)
+
+    v2, va = dot(v, v), dot(v, a)
+    return v2, dot(a, a), va, (v2, dot(u, u), dot(v, u), va, dot(u, a), dot(v, b), dot(u, b))
+
+
+def _eigenvalues(ops: Any, products: tuple[Any, ...], least: float) -> tuple[Any, Any]:
+    """|lambda|**2 and Re lambda of J in the plane of v and u, 0 where they are no pair that swings."""
+    v2, u2, vu, va, ua, vb, ub = products
+    spread = v2 * u2 - vu * vu
+    plane = spread > least * v2 * u2
+    spread = ops.where(plane, spread, 1.0)
+    vv, vw, wv, ww = u2 * va - vu * ua, u2 * vb - vu * ub, v2 * ua - vu * va, v2 * ub - vu * vb
+    real = 0.5 * (vv + ww) / spread
+    square = (vv / spread) * (ww / spread) - (vw / spread) * (wv / spread)
+    swings = plane & (square - real * real > SWINGING**2 * real * real)
+    return ops.where(swings, square, 0.0), ops.where(swings, real, 0.0)
