@@ -6,7 +6,7 @@ All read features as a bipartite graph, `model(data.features, graph, trusted=mas
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from graphops import Graph, spmm
+from graphops.attention import dot_product
 from graphops.data import NodeData
 from graphops.fields import EdgeAttention
 from graphops.message import GATConv, message_passing
@@ -23,7 +24,7 @@ from graphops.rewire import PageRank, gdc, transition
 from .registry import BenchmarkError
 
 __all__ = [
-    *("GRAND", "LAYERED", "NORMS", "TOLERANCES", "VARIANTS", "Layered", "Recipe"),
+    *("GRAND", "LAYERED", "NORMS", "TOLERANCES", "VARIANTS", "WORDS", "Layered", "Recipe"),
     *("grand_model", "graph_for", "layered", "solver"),
 ]
 
@@ -70,14 +71,27 @@ LAYERED = {
 NORMS = {
     "col": {"normaliser": "squareplus", "over": "outgoing"},
     "row": {"normaliser": "softmax", "over": "incoming"},
+    "authors": {"normaliser": "squareplus", "over": "outgoing"},
 }
-"""Attention over the sender by squareplus, as the published files say, or over the receiver by softmax, as the paper does."""
+"""Attention over the sender by squareplus, as the published files say, or over the receiver by softmax, as the paper does. The
+authors' code takes squareplus of the scores less their maximum over the graph, which makes shares more alike: "authors"."""
+WORDS = {
+    "col": "over the sender, squareplus",
+    "row": "over the receiver, softmax",
+    "authors": "over the sender, squareplus of scores less their maximum",
+}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "l": {"field": "linear"},
     "nl": {"field": "nonlinear"},
     "nl-rw": {"field": "rewired", "rho": RHO},
 }
+
+
+def below_maximum(graph: Graph, q: Tensor, k: Tensor) -> Tensor:
+    """Scaled products less the greatest of the graph."""
+    scores = dot_product(graph, q, k)
+    return scores - scores.max()
 
 
 def solver(variant: str, method: str | None = None) -> dict[str, Any]:
@@ -98,6 +112,8 @@ def grand_model(data: NodeData, recipe: Recipe, variant: str = "l", norm: str = 
     if dim is None or time is None:
         raise BenchmarkError("this recipe has no attention_dim and time: it is one for layers")
     attention = EdgeAttention(recipe.hidden, dim=dim, heads=recipe.heads, **NORMS[norm])
+    if norm == "authors":
+        attention.attention = replace(attention.attention, score=below_maximum)
     chosen: dict[str, Any] = {**VARIANTS[variant], **solver(variant), "source": "x0", "max_steps": 10_000, **options}
     return GraphDiffusion(
         data.features.num_sources,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import grand_timing
-from .citation_models import GRAND, LAYERED, NORMS, VARIANTS, solver
+from .citation_models import GRAND, LAYERED, NORMS, VARIANTS, WORDS, solver
 from .citation_training import DATASETS, Job, Ledger, Run, campaign, protocol, spread, summary
 from .published import PLANETOID, RANDOM
 from .registry import (
@@ -71,7 +71,7 @@ OPTIONS = (
     Option("dataset", "cora or citeseer", "cora", choices=DATASETS),
     Option("variant", "l, nl or nl-rw", "l", choices=tuple(VARIANTS)),
     Option("graph", "lcc (the largest component) or full", "lcc", choices=("lcc", "full")),
-    Option("norm", "attention over the sender (col) or the receiver (row)", "col", choices=tuple(NORMS)),
+    Option("norm", "attention over the sender (col, authors) or the receiver (row)", "col", choices=tuple(NORMS)),
     Option("epochs", "instead of those of the recipe", None, positive),
     Option("runs", "file of finished runs, which are not done again", None),
 )
@@ -118,7 +118,7 @@ def run(settings: Settings) -> Result:
     found = {model: campaign(of_model, ledger) for model, of_model in jobs.items()}
     accuracy = Table(f"test accuracy, {about}", ACCURACY, [row(jobs[m], runs) for m, runs in found.items()])
     accuracy.notes = [
-        f"attention over {'the sender, squareplus' if settings.options['norm'] == 'col' else 'the receiver, softmax'}",
+        f"attention: {WORDS[settings.options['norm']]}",
         "hyperparameters: of the authors' files and of the baselines' papers, listed in the JSON; test nodes chose nothing",
         "test accuracy at the epoch of the best validation score; ± is the sample standard deviation over seeds",
         "nodes without a label are in no part of the split",
@@ -138,7 +138,7 @@ def row(jobs: list[Job], runs: list[Run]) -> dict[str, Any]:
     """A line of the first table."""
     job = jobs[0]
     printed = (PLANETOID if job.split == "planetoid" else RANDOM).get(job.model, {}).get(job.dataset)
-    bar = BARS.get((job.dataset, job.model, job.split, job.graph)) if job.norm == "col" else None
+    bar = BARS.get((job.dataset, job.model, job.split, job.graph)) if job.norm != "row" else None
     mean = spread(run.test_accuracy for run in runs)[0]
     verdict = None if bar is None else "met" if mean >= bar else "SHORT"
     line = {"model": job.model, "seeds": len(runs), **summary(runs, printed), "bar": bar, "verdict": verdict}

@@ -8,7 +8,7 @@ from typing import Any
 
 from graphops.nn import SOURCES
 
-from .citation_models import GRAND, solver
+from .citation_models import GRAND, WORDS, solver
 from .citation_training import Job, Run, campaign, protocol, spread
 from .grand import OPTIONS, ledger_of
 from .published import DEPTH, LABELS, NONLINEAR_DEPTH, NONLINEAR_LABELS
@@ -157,9 +157,8 @@ def run(settings: Settings) -> Result:
         for name, model in ((None, f"grand-{variant}"), (source, f"grand++-{variant}")):
             found = zip(jobs[name], runs[name])
             every.rows += [{"cell": cell.name, "model": model, "seed": job.seed, **asdict(run)} for job, run in found]
-    end = "sender" if options["norm"] == "col" else "receiver"
     table.notes = [
-        f"{about}; attention over the {end}",
+        f"{about}; attention {WORDS[options['norm']]}",
         "± is the sample standard deviation over splits; gain, wins and p (paired t-test, two-sided) are of the same splits",
         f"at the epoch of the best validation score, until {PATIENCE} epochs bring no better one; published: Xia 2023, chapter 4",
         "failed: the thesis has no number because its solver did not finish; here status says how ours ended",

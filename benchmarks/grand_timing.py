@@ -77,13 +77,17 @@ class Gathered(nn.Module):
         how = NORMS[self.norm]
         return graph.source if how["over"] == "outgoing" else graph.target, how["normaliser"] == "squareplus"
 
+    def lowered(self, scores: Tensor) -> Tensor:
+        """Less their maximum, where the authors' code is followed in that too."""
+        return scores - scores.max() if self.norm == "authors" else scores
+
     def weights(self, graph: Graph, x: Tensor) -> Tensor:
         """Shares of the edges, a mean over heads."""
         q, k = self.ends(x)
         scores = (q.index_select(0, graph.target) * k.index_select(0, graph.source)).sum(-1) / q.shape[-1] ** 0.5
         index, by_squareplus = self.by(graph)
         if by_squareplus:
-            scores = squareplus(scores)
+            scores = squareplus(self.lowered(scores))
         else:
             rows = index[:, None].expand_as(scores)
             top = scores.new_full((graph.num_nodes, scores.shape[1]), -torch.inf).scatter_reduce(0, rows, scores, "amax")
@@ -117,7 +121,8 @@ class Authors(Gathered):
 
     def weights(self, graph: Graph, x: Tensor) -> Tensor:
         index, by_squareplus = self.by(graph)
-        return authors_shares(index, graph.num_targets, authors_scores(graph, *self.ends(x)), by_squareplus).mean(1)
+        scores = self.lowered(authors_scores(graph, *self.ends(x)))
+        return authors_shares(index, graph.num_targets, scores, by_squareplus).mean(1)
 
 
 PEERS: dict[str, type[Gathered]] = {PEER: Gathered, AUTHORS: Authors}

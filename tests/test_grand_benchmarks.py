@@ -109,7 +109,7 @@ def test_grand_depth_has_energy_and_judges_the_claims(run):
 
 
 @pytest.mark.parametrize("variant", ["l", pytest.param("nl", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("norm", ["row", "col"])
+@pytest.mark.parametrize("norm", ["row", "col", "authors"])
 def test_the_model_on_torchdiffeq_is_the_same_one(run, variant, norm):
     pytest.importorskip("torchdiffeq", reason="torchdiffeq of the bench extra is not installed")
     record = run("grand", "--quick", "--against", "torchdiffeq", "--variant", variant, "--norm", norm)
