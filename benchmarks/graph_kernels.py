@@ -97,8 +97,13 @@ def measure(name: str, problem: GraphProblem, graph: Graph, copy: float) -> list
             continue
         operands = operator.operands(graph, problem.width)
         todo = jobs(operator, graph, operands)
-        rounds = {" / ".join(key): in_a_row(run, problem.calls) for key, run in todo.items()}
-        timings = interleaved(rounds, problem.repeats)
+
+        def rounds(*modes: str, todo: Any = todo) -> dict[str, Callable[[], Any]]:
+            chosen = {key: run for key, run in todo.items() if key[1] in modes}
+            return {" / ".join(key): in_a_row(run, problem.calls) for key, run in chosen.items()}
+
+        # The second derivative takes most of the time, and no bar is set for it.
+        timings = interleaved(rounds("forward", "training"), problem.repeats) | interleaved(rounds("double"), 1, warm=False)
         for implementation in dict.fromkeys(key[0] for key in todo):
             line: dict[str, Any] = {"name": implementation, "operator": operator_name, "graph": name}
             for mode in MODES:
@@ -211,7 +216,7 @@ def run(settings: Settings) -> Result:
     kernels.notes += [
         f"allocator: {allocator()}; stream copy {copy:.1f} GB/s; times: minimum process CPU time of interleaved runs",
         f"reductions take {HEADS} numbers an edge; edges come sorted by target; GB/s: of the forward pass, nothing read twice",
-        "and again: forward, backward of half the square of the result, and the derivative of that gradient along the operands",
+        "and again, of one run: forward, backward of half the square of the result, and the derivative of that gradient",
     ]
     targets.notes = ["times in ms and ratios theirs / ours; memory in MB above the start and ours / theirs; bandwidth in GB/s"]
     if settings.quick:

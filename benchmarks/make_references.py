@@ -72,6 +72,8 @@ def integrate(problem: DiffusionProblem, method: str, rtol: float) -> np.ndarray
 STATES = {
     **dict.fromkeys(("robertson", "hires", "orego", "vdp1000", "e5", "pollution"), Plan(1e-8, "Radau", 1e-10, None)),
     "bruss1d_500": Plan(1e-8, "Radau", 1e-9, None),
+    "burgers_256": Plan(1e-8, "Radau", 1e-10, None),
+    "cahnhilliard_64": Plan(1e-8, "Radau", 1e-9, 2.0**-24),
     "bruss2d_64": Plan(1e-7, "DOP853", 1e-10, 2.0**-24),
     "allencahn_128": Plan(1e-6, "DOP853", 1e-10, 2.0**-24),
 }

@@ -352,6 +352,61 @@ def allen_cahn() -> StiffProblem:
 
 
 @dataclass(frozen=True)
+class CahnHilliard:
+    """u' = Lap (u**3 - u - width**2 Lap u), periodic on [-1, 1]**2 (Cahn & Hilliard 1958): the mean of u is conserved.
+
+    The largest rate is width**2 (8 / h**2)**2. The Jacobian is a product of two symmetric matrices: not symmetric, with a
+    real spectrum.
+    """
+
+    cells: int = 64
+    width: float = 0.1
+
+    def laplacian(self, y: Tensor) -> Tensor:
+        neighbours = y.roll(1, 0) + y.roll(-1, 0) + y.roll(1, 1) + y.roll(-1, 1)
+        return (neighbours - 4 * y) * (self.cells / 2) ** 2
+
+    def __call__(self, t: Any, y: Tensor) -> Tensor:
+        return self.laplacian(y**3 - y - self.width**2 * self.laplacian(y))
+
+    def sparsity(self) -> Any:
+        once = AllenCahn(self.cells).sparsity()
+        return sparse.csc_matrix(once @ once)
+
+
+def cahn_hilliard() -> StiffProblem:
+    """Cahn-Hilliard on 64 x 64 cells: a mixture separates into drops, then the small ones feed the large."""
+    field = CahnHilliard()
+    noise = torch.randn(field.cells, field.cells, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    times = (0.0, 0.05, 0.2, 1.0)
+    return made(
+        "cahnhilliard_64", "Cahn-Hilliard, 64 x 64", field, 0.2 + 0.1 * noise, times, real=True, budget=20.0, steps=(400,)
+    )
+
+
+@dataclass(frozen=True)
+class Burgers:
+    """u' = viscosity u_xx - (u**2 / 2)_x on (0, 1), u = 0 at its ends, central differences in conservative form."""
+
+    cells: int = 256
+    viscosity: float = 0.01
+
+    def __call__(self, t: Any, y: Tensor) -> Tensor:
+        wide = torch.nn.functional.pad(y, (1, 1))
+        middle = (wide[1:] + wide[:-1]) / 2
+        flux = (wide[1:] - wide[:-1]) * (self.viscosity * (self.cells + 1)) - middle * middle / 2
+        return (flux[1:] - flux[:-1]) * (self.cells + 1)
+
+
+def burgers() -> StiffProblem:
+    """Burgers' equation with 256 unknowns: a wave steepens into a front, which runs into the border and decays."""
+    field = Burgers()
+    x = torch.arange(1, field.cells + 1, dtype=torch.float64) / (field.cells + 1)
+    start = torch.sin(2 * math.pi * x) + 0.5 * torch.sin(math.pi * x)
+    return made("burgers_256", "Burgers, 256 unknowns", field, start, (0.0, 0.2, 1.0, 4.0), mild=True, steps=(200, 800))
+
+
+@dataclass(frozen=True)
 class BrusselatorLine:
     """u' = 1 + u^2 v - 4 u + a u_xx, v' = 3 u - u^2 v + a v_xx on (0, 1), u = 1 and v = 3 at its ends, state ``(cells, 2)``
     (Hairer & Wanner II, IV.10, BRUSS)."""
@@ -409,6 +464,8 @@ for _name, _build in {
     "diff1d_128": lambda: line(128),
     "heat2d_128": lambda: heat(128),
     "allencahn_128": allen_cahn,
+    "cahnhilliard_64": cahn_hilliard,
+    "burgers_256": burgers,
     "bruss1d_500": brusselator_line,
     "bruss2d_64": brusselator_square,
     "terrain": hillslope,

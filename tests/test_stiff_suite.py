@@ -13,11 +13,12 @@ from torch import Tensor
 
 from benchmarks import references, stiff_checks, stiff_targets
 from benchmarks.registry import Settings
-from benchmarks.stiff_problems import LARGE, STIFF, AllenCahn, BrusselatorLine, Heat
+from benchmarks.stiff_problems import LARGE, STIFF, AllenCahn, BrusselatorLine, Burgers, CahnHilliard, Heat
 from benchmarks.thesis import traced
 from benchmarks.thesis_diffusion import SCHEMES, largest_curvature
 
-STORED = ("robertson", "hires", "orego", "vdp1000", "e5", "pollution", "allencahn_128", "bruss1d_500", "bruss2d_64")
+CHEMISTRY = ("robertson", "hires", "orego", "vdp1000", "e5", "pollution")
+STORED = (*CHEMISTRY, "allencahn_128", "cahnhilliard_64", "burgers_256", "bruss1d_500", "bruss2d_64")
 
 
 @pytest.fixture
@@ -28,8 +29,14 @@ def extras():
 
 @pytest.mark.parametrize(
     ("field", "shape"),
-    [(Heat(5), (5, 5)), (Heat(3, 3), (3, 3, 3)), (AllenCahn(5), (5, 5)), (BrusselatorLine(6), (6, 2))],
-    ids=["heat2d", "heat3d", "allen-cahn", "brusselator"],
+    [
+        (Heat(5), (5, 5)),
+        (Heat(3, 3), (3, 3, 3)),
+        (AllenCahn(5), (5, 5)),
+        (CahnHilliard(7), (7, 7)),
+        (BrusselatorLine(6), (6, 2)),
+    ],
+    ids=["heat2d", "heat3d", "allen-cahn", "cahn-hilliard", "brusselator"],
 )
 def test_the_pattern_covers_the_derivative_of_the_field(field, shape):
     y = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -43,6 +50,28 @@ def test_allen_cahn_is_the_negative_gradient_of_its_energy():
     field = AllenCahn(6)
     (gradient,) = torch.autograd.grad(field.energy(None, y), y)
     assert torch.allclose(field(None, y), -gradient)
+
+
+def test_cahn_hilliard_conserves_the_mean_and_lowers_its_energy():
+    """By the energy of Allen-Cahn, whose gradient in H^-1 it follows."""
+    y = torch.randn(8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    change = CahnHilliard(8)(None, y)
+    (gradient,) = torch.autograd.grad(AllenCahn(8).energy(None, y), y)
+    assert torch.allclose(change, CahnHilliard(8).laplacian(gradient))
+    assert change.sum().abs() < 1e-10 * change.abs().sum() and (gradient * change).sum() < 0
+
+
+def test_burgers_has_the_travelling_front():
+    """u = c - a tanh(a (x - c t) / (2 viscosity)) is exact: the field's error falls by four with half the cells."""
+
+    def worst(cells):
+        x = torch.arange(1, cells + 1, dtype=torch.float64) / (cells + 1) - 0.5
+        front = torch.tanh(0.5 * x / 0.1)
+        exact = 0.25 / 0.1 * 0.5 * (1 - front**2)  # -c u_x with c = a = 1/2, viscosity .05
+        found = Burgers(cells, 0.05)(None, 0.5 - 0.5 * front)
+        return (found - exact)[cells // 4 : -cells // 4].abs().max()
+
+    assert worst(100) / worst(200) == pytest.approx(4, rel=0.1)
 
 
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
