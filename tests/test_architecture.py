@@ -54,6 +54,7 @@ SHARED_IN_FOLDER: dict[str, set[str]] = {
     "solvers.control": {"base"},
     "solvers.optim": {
         "base", "linesearch", "evaluating", "secant", "implicit", "curvature", "jacobian", "linearisation", "precondition",
+        "probes",
     },
     "solvers.adjoint": {"base", "capture", "whole"},
     "graphops.backends": {"base"},

@@ -217,6 +217,61 @@ def test_no_unconverged_value_is_called_a_success(name, g):
     assert (solved > 0 or name == "fixed_point") and solved < 2 * len(GRID)
 
 
+def slow_and_fast(fast):
+    """Rates of which four are very fast: rounding allows a residual of 4 eps L |z| only where those have much of the state."""
+    return torch.cat([torch.linspace(0.1, 3, 20, dtype=D), fast * torch.tensor([1, 1 / 2, 1 / 7, 1 / 30], dtype=D)])
+
+
+def cubic_root(a, s):
+    """z with z + s (z + z^3) = a, by Newton steps in each component."""
+    z = a / (1 + s)
+    for _ in range(100):
+        z = z - (z + s * (z + z**3) - a) / (1 + s * (1 + 3 * z**2))
+    return z
+
+
+EXTREME = {
+    "four fast": lambda fast: (slow_and_fast(fast), lambda s: lambda t, y: -s * y, lambda a, s: a / (1 + s)),
+    "all scales": lambda fast: (
+        torch.logspace(-1, math.log10(fast), 24, dtype=D), lambda s: lambda t, y: -s * y, lambda a, s: a / (1 + s)
+    ),
+    "four fast, cubic": lambda fast: (slow_and_fast(fast), lambda s: lambda t, y: -s * (y + y**3), cubic_root),
+}  # fmt: skip
+BEYOND = 5.0
+"""Multiple of the tolerance that an error may have: a residual is evaluated to some digits only."""
+
+
+@each
+@pytest.mark.parametrize("fast", [1e9, pytest.param(1e11, marks=pytest.mark.slow), 3e13])
+def test_no_stiffness_makes_an_unconverged_value_a_success(name, fast):
+    """L from 1e9 on, where a residual of 4 eps L |z| is far above the tolerance without being rounding."""
+    a, solved = torch.randn(24, dtype=D), 0
+    for what, make in EXTREME.items():
+        rates, field, exact = make(fast)
+        problem, found = run(name, field(rates), a, 1.0, tol=0.1, max_iters=120, atol=1e-6)
+        if found.converged:
+            solved += 1
+            assert problem.norm(found.z - exact(a, rates)) <= BEYOND * 0.1, what
+    assert solved >= {"newton": 2, "newton_krylov": 2, "fletcher_reeves": 2}.get(name, 0)
+
+
+@pytest.mark.parametrize("inner", ["newton", "newton_krylov", "fletcher_reeves", "dai_yuan"])
+@pytest.mark.parametrize("fast", [1e9, 1e13])
+def test_nor_a_wrong_solution_one(inner, fast):
+    """Relaxation towards cos t at the same rates, y(0) = 1."""
+    rates = slow_and_fast(fast)
+
+    def exact(t):
+        steady = lambda t: rates * (rates * math.cos(t) + math.sin(t)) / (rates**2 + 1)
+        return steady(t) + (1 - steady(0.0)) * torch.exp(-rates * t)
+
+    field = lambda t, y: -rates * (y - torch.cos(t))
+    how = {"method": "prox_bdf", "rtol": 1e-6, "atol": 1e-9, "inner": inner, "max_steps": 120, "throw": False}
+    sol = solve(field, torch.ones(24, dtype=D), [0.0, 1.0], **how)
+    assert sol.success or inner != "newton"
+    assert not sol.success or float((sol.y[-1] - exact(1.0)).abs().max()) < 1e-4
+
+
 @pytest.mark.parametrize("method", ["prox_euler", "prox_bdf2", "prox_multistage2"])
 @pytest.mark.parametrize("name", ["fixed_point", "gradient_descent", "anderson", "fletcher_reeves"])
 def test_what_failed_is_solved_by_another_and_both_are_named(name, method):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..registry import Registry
+from .probes import signs
 
 GROWTH = 1e6
 """A residual this many times the best one is divergence; exact conjugate gradients may rise by the root of the condition."""
@@ -28,6 +29,10 @@ CUTS = 12
 """Times that is tried."""
 ROUNDING = 4.0
 """Units in the last place of z below which a residual of z is noise."""
+NOISE = 10.0
+"""Times what a change of the last place of z is seen to do to its residual: below, that is noise."""
+RESTS = 0.01
+"""Share of the tolerance below which no start needs an iteration, whatever rounding makes of it."""
 
 
 class Point(NamedTuple):
@@ -69,6 +74,7 @@ class InnerProblem(ABC):
         calls: calls of f made so far.
         algebra: what else was done.
         tol: the bound that an iteration is to reach, in the error norm.
+        noise: what rounding z was seen to do to its residual, in the error norm; negative where nobody has looked.
         ops: the algebra of per-sample numbers.
     """
 
@@ -81,6 +87,7 @@ class InnerProblem(ABC):
         self.scale = scale
         self.calls = 0
         self.algebra = Algebra()
+        self.noise: Any = -1.0 if layout.joint else torch.full((layout.batch,), -1.0, device=layout.device)
         self._size: Any = None
 
     @abstractmethod
@@ -91,6 +98,18 @@ class InnerProblem(ABC):
         """Derivative of the residual at ``point`` along ``v``, by a forward difference; one call of f."""
         step = self.layout.spread(self.difference_step(point, v))
         return (self.evaluate(point.z + step * v).r - point.r) / step
+
+    def measure_noise(self, point: Point, wanted: Any) -> None:
+        """See what a change of the last place of z, up or down at random, does to the residual at ``point``; one call of f."""
+        with torch.no_grad():
+            z = point.z * (1 + torch.finfo(point.z.dtype).eps * signs(self.layout, point.z))
+            found = self.norm(self.evaluate(self.keep(wanted, z, point.z)).r - point.r)
+        self.noise = self.ops.where(wanted, found, self.noise)
+
+    def floor(self, bound: Any) -> Any:
+        """The residual that rounding leaves: ``bound``, or what was seen of it where that is less."""
+        seen = self.ops.where(self.noise < 0, bound, NOISE * self.noise)
+        return self.ops.minimum(bound, seen)
 
     def shorten(self, base: Point, point: Point, moved: Any) -> tuple[Point, Any]:
         """``point``, or nearer to ``base`` where the way there ran past the minimum, and where that was so.
@@ -145,12 +164,14 @@ class InnerProblem(ABC):
     def difference_step(self, point: Point, v: Tensor) -> Any:
         """Length of a forward difference along ``v``: sqrt(eps) |z| / |v|, as a power of two.
 
-        The residual stands in for z where z is (nearly) 0. A power of two costs no rounding, and does not move when a
-        last bit of the norms does.
+        The residual stands in for z where z is (nearly) 0, unless that makes a difference larger than the tolerance: a stiff
+        residual says nothing about z. A power of two costs no rounding, and does not move when a last bit of the norms does.
         """
-        if self._size is None:
-            self._size = self.ops.maximum(self.dot(point.z, point.z), self.dot(point.r, point.r)) ** 0.5
         root = math.sqrt(torch.finfo(v.dtype).eps)
+        if self._size is None:
+            ops = self.ops
+            z, r, least = (self.dot(x, x) ** 0.5 for x in (point.z, point.r, self.scale))
+            self._size = ops.maximum(z, ops.minimum(r, least / root))
         length = self.dot(v, v) ** 0.5
         if self.layout.joint:
             h = root * self._size / length if length > 0 else 1.0
@@ -431,16 +452,38 @@ class _Run:
         self.curvature: Any = 1.0
         self.age = 0
 
-    def limit(self) -> Any:
-        """The tolerance, or what rounding allows: 4 eps L |z| (a residual multiplies errors of z by up to L)."""
-        return self.problem.ops.maximum(self.rounding * self.curvature, self.tol)
+    def hoped(self) -> Any:
+        """The tolerance, or what rounding may leave of a residual, which multiplies errors of z by up to L: 4 eps L |z|."""
+        return self.problem.ops.maximum(self.problem.floor(self.rounding * self.curvature), self.tol)
+
+    def reached(self, norm: Any, who: Any, point: Point | None = None) -> Any:
+        """Who of ``who`` has a ``norm`` within the tolerance, or within what rounding is seen to leave at ``point``.
+
+        4 eps L |z| is rounding only where the stiff part of z is as large as the rest; else that much residual is an error of
+        the slow part, as large as it is.
+        """
+        problem, fine = self.problem, norm <= self.tol
+        near = who & problem.ops.invert(fine) & (norm <= self.hoped())
+        if not any_true(near):
+            return who & fine
+        if point is None:
+            # The norm is a bound that the optimiser has worked out: rounding has to be seen in what is left indeed.
+            point = problem.evaluate(self.z)
+            norm = problem.norm(point.r)
+        problem.measure_noise(point, near)
+        return who & (fine | near & (norm <= self.hoped()))
 
     def begin(self, curvature: Any, rests: bool) -> None:
         """Where that is the optimiser's way, leave alone what rests within rounding."""
         self.curvature = curvature
         if not rests:
             return
-        resting = self.running & (self.norm <= self.rounding * curvature)
+        bound = self.rounding * curvature
+        resting = self.running & (self.norm <= bound)
+        doubtful = resting & (bound > RESTS * self.tol)
+        if any_true(doubtful):
+            self.problem.measure_noise(self.point, doubtful)
+            resting = resting & (self.norm <= self.problem.floor(bound))
         self.done = self.done | resting
         self.running = self.running & self.problem.ops.invert(resting)
 
@@ -454,9 +497,11 @@ class _Run:
         self.curvature = ops.where(self.running, curvature, self.curvature)
         self.iterations = self.iterations + self.running
         broken = self.running & ops.invert(moved)
-        claim = moved & (norm <= self.limit())
+        claim = moved & (norm <= self.hoped())
+        if own or out.point is not None:
+            claim = self.reached(norm, claim, out.point)
         # From a residual that met the tolerance the recurrence has moved by less than the tolerance: no need to look again.
-        sure = claim if own or out.point is not None else claim & (self.base <= self.limit())
+        sure = claim if own or out.point is not None else claim & (self.base <= self.tol)
         self.done = self.done | sure
         self.waiting = self.waiting | (claim & ops.invert(sure))
         if own:
@@ -485,7 +530,7 @@ class _Run:
         self.z, self.r = self.point.z, self.point.r
         norm = problem.norm(self.r)
         self.norm = ops.where(alive, norm, self.norm)
-        self.done = self.done | (alive & (norm <= self.limit()))
+        self.done = self.done | self.reached(norm, alive, self.point)
         self.stale = ops.where(norm <= 0.9 * self.best, self.stale * 0, self.stale + again)
         self.best = ops.minimum(self.best, norm)
         self.base = norm

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..status import ArgumentError, ArgumentTypeError
 from .base import Point, ProximalProblem, any_true
+from .probes import waves
 
 STEPS = 25
 """Steps in time over which an estimate is kept."""
@@ -100,24 +101,5 @@ class Rated:
         return (1 / known if self.rate == "constant" else self.rate), known, memory
 
 
-def waves(layout: Any, like: Tensor, rate: float) -> Tensor:
-    """A state that holds every frequency, the same for a sample wherever it stands in a batch; another for another rate."""
-    count = torch.arange(layout.width, device=like.device, dtype=torch.float64)
-    if not layout.joint:
-        count = count + layout.width * _rank(layout).unsqueeze(-1)
-    return torch.cos(rate * count * count).to(like.dtype)
-
-
 def _zeros(layout: Any) -> Any:
     return 0.0 if layout.joint else torch.zeros(layout.batch, dtype=torch.float64, device=layout.device)
-
-
-def _rank(layout: Any) -> Tensor:
-    """Position of every row within its sample, ``(R,)``."""
-    if layout.index is None:
-        return torch.zeros(layout.rows, device=layout.device)
-    order = torch.argsort(layout.index, stable=True)
-    sizes = torch.bincount(layout.index, minlength=layout.batch)
-    first = torch.cumsum(sizes, 0) - sizes
-    rank = torch.arange(layout.rows, device=layout.device) - first[layout.index[order]]
-    return torch.empty_like(rank).index_copy_(0, order, rank)

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..linalg import gmres, minres
 from ..status import ArgumentError, UnsupportedError
 from .base import INNER_OPTIMIZERS, ROUNDING, InnerOptimizer, InnerStep, Point, StageProblem, any_true
-from .linesearch import waves
 from .precondition import NAMES, Preconditioner, check
+from .probes import waves
 
 KRYLOV = ("auto", "minres", "gmres")
 FORCING = 0.5
@@ -147,8 +147,8 @@ class NewtonKrylov(InnerOptimizer):
             state = self._learn(problem, point, state, running)
         delta, expected, state, solved = self._solve(problem, point, state, running)
         size, bend, linear = problem.norm(delta), state.memory.bend, problem.norm(expected)
-        left = linear + ops.where(bend > 0, CURVED * bend, 1.0) * size
-        left = ops.where(size <= state.floor, 0.0, left)
+        # A correction within rounding changes nothing by its nonlinearity; what the linear system has left, it has.
+        left = linear + ops.where(size <= state.floor, 0.0, ops.where(bend > 0, CURVED * bend, 1.0)) * size
         residual = problem.norm(point.r)
         worse = (residual >= DIVERGED * state.residual) | (ops.invert(solved) & (linear > FORCING * residual))
         hopeless = (left > problem.tol) & worse | ops.invert(ops.isfinite(size) & ops.isfinite(residual))
@@ -172,7 +172,7 @@ class NewtonKrylov(InnerOptimizer):
         first = _First(problem, point)
         forcing = COUPLED_FORCING if problem.coupled else FORCING
         size = problem.norm(point.r)
-        rounding = ROUNDING * torch.finfo(point.z.dtype).eps * problem.norm(point.z) * state.curvature
+        rounding = problem.floor(ROUNDING * torch.finfo(point.z.dtype).eps * problem.norm(point.z) * state.curvature)
         enough = ops.maximum(ops.minimum(forcing * size, SHARE * problem.tol), SHARE * rounding)
         x, left, symmetric, unsolved = torch.zeros_like(point.r), point.r, memory.symmetric, running & False
         good = running & (symmetric == 1)
