@@ -18,7 +18,6 @@ D = torch.float64
 ORDERS = {
     "prox_euler": 1, "prox_cn": 2, "prox_bdf2": 2, "prox_bdf3": 3, "prox_bdf4": 4, "prox_multistage2": 2, "prox_multistage3": 3
 }  # fmt: skip
-NEW = [name for name in ORDERS if name != "prox_euler"]
 EACH = pytest.mark.parametrize("name", ORDERS)
 
 
@@ -200,7 +199,7 @@ def rotation(t, y):
 
 
 @pytest.mark.parametrize("batch_dim", [None, 0])
-@pytest.mark.parametrize("name", NEW)
+@EACH
 def test_what_the_first_inner_solver_cannot_do_the_second_does(name, batch_dim):
     y0 = torch.tensor([1.0, 0.5], dtype=D)
     y0 = y0 if batch_dim is None else torch.stack([y0, 2 * y0])
@@ -211,6 +210,30 @@ def test_what_the_first_inner_solver_cannot_do_the_second_does(name, batch_dim):
     torch.testing.assert_close(sol.y, direct.y, rtol=1e-3, atol=1e-5)
     alone = solve(rotation, y0, [0.0, 1.0], fallback=None, **settings)
     assert (alone.status == Status.INNER_NOT_CONVERGED).all() and alone.y[-1].isnan().all()
+
+
+def attention(spread):
+    """dy/dt = (A(y) - I) y with A(y) the softmax of scaled products of y, the sharper the larger ``spread``."""
+    W = spread * torch.randn(3, 3, dtype=D)
+    return lambda t, y: torch.softmax(y @ W @ y.transpose(-1, -2), -1) @ y - y
+
+
+@pytest.mark.parametrize("inner", ["fletcher_reeves", "newton", "newton_krylov"])
+@pytest.mark.parametrize("tau", [10.0, 100.0])
+def test_steps_over_which_attention_saturates(tau, inner):
+    """I - tau J is indefinite where the step begins: Newton's method alone goes astray, and what the others find is solved."""
+    x, names = torch.randn(12, 3, dtype=D), set()
+    for spread in (1.0, 2.0):
+        field = attention(spread)
+        with torch.no_grad():
+            sol = solve(field, x, [0.0, tau], method="prox_euler", num_steps=1, inner=inner, rtol=1e-6, atol=1e-9)
+        z = sol.y[-1]
+        assert float((z - x - tau * field(None, z)).abs().max()) < 1e-5
+        assert float(z.abs().max()) <= float(x.abs().max())
+        names |= set(sol.stats.inner)
+    assert sol.stats.inner[0] == inner
+    if inner == "newton":
+        assert "newton_krylov" in names
 
 
 @pytest.mark.parametrize("name", ["prox_cn", "prox_bdf4", "prox_multistage3"])

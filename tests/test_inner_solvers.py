@@ -10,8 +10,10 @@ import pytest
 import torch
 from problems import problem_of
 
-from solvers import ArgumentError, Status, optim, solve
+from solvers import ArgumentError, Status, UnsupportedError, optim, solve
+from solvers.layout import Layout
 from solvers.optim import INNER_OPTIMIZERS, minimise
+from solvers.optim.newton import Newton
 
 D = torch.float64
 CONJUGATE = ("fletcher_reeves", "polak_ribiere", "hestenes_stiefel", "dai_yuan")
@@ -319,6 +321,20 @@ def test_bad_options(options, words):
     with pytest.raises(ArgumentError) as caught:
         solve(lambda t, y: pytest.fail("f was called"), torch.ones(2, dtype=D), [0, 1], method="prox_euler", dt=0.1, **options)
     assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize("method", ["prox_euler", "prox_bdf", "prox_multistage2", "radauIIA5"])
+def test_a_dense_matrix_that_no_memory_holds_is_refused_before_any_work(method):
+    field, step = lambda t, y: pytest.fail("f was called"), {"dt0" if method == "prox_bdf" else "dt": 0.1}
+    with pytest.raises(UnsupportedError) as caught:
+        solve(field, torch.ones(200_000, dtype=D), [0.0, 1.0], method=method, inner="newton", **step)
+    assert all(word in str(caught.value) for word in ("200000 x 200000", "3.2e+11 bytes", "newton_krylov", "newton_sparse"))
+
+
+def test_nor_does_the_automatic_choice_make_so_many_small_ones():
+    rows = torch.zeros((), dtype=D).expand(100_000, 400)
+    assert type(Newton("auto").chosen(Layout(rows[:100], batch_dim=0))) is Newton
+    assert Newton("auto").chosen(Layout(rows, batch_dim=0)).name == "newton_krylov"
 
 
 def test_the_example_of_the_guide_runs_and_solves():

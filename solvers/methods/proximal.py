@@ -15,7 +15,7 @@ from ..optim import INNER_OPTIMIZERS, Algebra, InnerOptimizer, InnerResult, Poin
 from .adams_weights import distances
 from .backward_weights import combined, increments, lagrange, values, variable_coefficients
 from .base import METHODS, Method, StepOut, inverse, number
-from .solving import check_inner, check_inner_options, guarded, held, inner_named, quiet, remembered, solve_stage
+from .solving import FALLBACK, check_inner, check_inner_options, guarded, held, inner_named, quiet, remembered, solve_stage
 
 NOISE = 3.0
 """Multiples of the inner tolerance below which the second-order term of the predictor is noise: it amplifies the errors of
@@ -59,8 +59,9 @@ class ProxEuler(Method):
     overshoot of a cubic through the slopes, which where fast modes decay are large at the start of a step.
 
     ``inner_tol``: bound of |r| in the error norm of the solve, in units of its tolerance. ``max_iters``: inner iterations per
-    step. ``backward_tol``: relative tolerance of the linear solves in the backward pass. ``fallback``: the name of an inner
-    solver for steps that ``inner`` does not solve; None leaves them to shorter steps. ``energy``: whether the energy of a
+    step (None: what suits the inner solver). ``backward_tol``: relative tolerance of the linear solves in the backward pass.
+    ``fallback``: names of inner solvers that are tried in turn on steps that ``inner`` does not solve (a stall, negative
+    curvature, a growing residual); None leaves them to shorter steps. ``energy``: whether the energy of a
     :class:`~solvers.GradientField` is used: the iteration then starts at the lower of the two starts, and what it finds is
     only taken if the objective has fallen; else one that lowers it at every iteration goes on from the start.
     ``implicit_diff``: False differentiates through the recorded iterations of gradients or conjugate gradients instead: their
@@ -73,9 +74,9 @@ class ProxEuler(Method):
     inner: InnerOptimizer = INNER_OPTIMIZERS["fletcher_reeves"]
     _: KW_ONLY
     inner_tol: float = 0.1
-    max_iters: int = 1000
+    max_iters: int | None = None
     backward_tol: float = 1e-8
-    fallback: str | None = None
+    fallback: str | tuple[str, ...] | None = FALLBACK
     energy: bool = True
     implicit_diff: bool = True
 
@@ -164,12 +165,12 @@ class FixedProximal(Method):
     """What the proximal methods with fixed steps share: each solves r(z) = z - a - g f(t*, z) = 0 once or several times.
 
     ``inner``: any inner solver; "auto": Fletcher-Reeves with exact line searches. Where it does not get to ``inner_tol`` (a
-    stall, negative curvature, a growing residual), ``fallback`` solves the step from the start again.
+    stall, negative curvature, a growing residual), the solvers of ``fallback`` try the step from the start again.
 
     Args:
         inner_tol: bound of |r| in the error norm, in units of the tolerance. max_iters: inner iterations (None: what suits
-            the inner solver). backward_tol: relative tolerance of the linear solves in the backward pass. fallback: an
-            inner solver's name, or None. energy, implicit_diff: as of :class:`ProxEuler`.
+            the inner solver). backward_tol: relative tolerance of the linear solves in the backward pass. fallback: as
+            of :class:`ProxEuler`. energy, implicit_diff: as of :class:`ProxEuler`.
     """
 
     inner: InnerOptimizer = INNER_OPTIMIZERS["fletcher_reeves"]
@@ -177,7 +178,7 @@ class FixedProximal(Method):
     inner_tol: float = 0.1
     max_iters: int | None = None
     backward_tol: float = 1e-8
-    fallback: str | None = "newton_krylov"
+    fallback: str | tuple[str, ...] | None = FALLBACK
     energy: bool = True
     implicit_diff: bool = True
 

@@ -29,6 +29,11 @@ from ..problem import potential
 from ..status import ArgumentError, ArgumentTypeError, Status
 from .base import number
 
+FALLBACK = ("newton_krylov", "anderson")
+"""What serves a step that the inner solver of the method could not solve: Newton's method, which converges fast from near by,
+and, where I - g J is not positive definite on the way, one that takes no tangent for a solution (attention that saturates over
+a step of 10: Newton's corrections had to be cut a hundred times, Anderson's method came to the tolerance in 48 calls of f)."""
+
 
 class Solved(NamedTuple):
     """z with its gradients; what ``minimise`` found; the problem, for its geometry and its counts; calls of f made; the
@@ -48,8 +53,8 @@ def check_inner_options(method: Any) -> None:
         value = getattr(method, option)
         if value is not None and not value > 0:
             raise ArgumentError(f"{option} must be positive, found {value}")
-    if getattr(method, "fallback", None) is not None:
-        INNER_OPTIMIZERS[method.fallback]
+    for name in _fallback(method):
+        INNER_OPTIMIZERS[name]
 
 
 def check_inner(method: Any, layout: Any) -> None:
@@ -93,15 +98,20 @@ Start = Callable[[ProximalProblem, Callable[[Tensor], Point]], Point]
 
 
 def remembered(method: Any, layout: Any, y0: Tensor) -> Any:
-    """The memory of the inner solvers at the start of a solve: that of the method's own, and that of its ``fallback``."""
+    """The memory of the inner solvers at the start of a solve: those of the method's own and of its ``fallback``."""
     return tuple(inner.remember(layout, y0.detach()) for inner in _inners(method, layout))
 
 
 def _inners(method: Any, layout: Any) -> list[Any]:
-    """The method's inner solver, and what serves where that fails; a Newton iteration has no need of the latter."""
+    """The method's inner solver, and what serves in turn where that fails."""
     own = method.inner.chosen(layout)
-    name = getattr(method, "fallback", None) if getattr(method, "implicit_diff", True) else None
-    return [own] if name is None or hasattr(own, "filtered") else [own, INNER_OPTIMIZERS[name].chosen(layout)]
+    names = _fallback(method) if getattr(method, "implicit_diff", True) else ()
+    return [own, *(INNER_OPTIMIZERS[name].chosen(layout) for name in names if name != own.name)]
+
+
+def _fallback(method: Any) -> tuple[str, ...]:
+    found = getattr(method, "fallback", None)
+    return (found,) if isinstance(found, str) else tuple(found or ())
 
 
 def solve_stage(
@@ -144,7 +154,8 @@ def solve_stage(
     if grad and any_true(found.converged):
         base, g = live()
         if problem.depends or any(isinstance(x, Tensor) and x.requires_grad for x in (base, t0, dt, g)):
-            z, calls = _recorded(method, field, (t0, dt, node), base, g, problem, found, inners[0]), calls + 2
+            z, found = _recorded(method, field, (t0, dt, node), base, g, problem, found, inners[0])
+            calls += 2
     return Solved(z, found, problem, calls, status(problem, found))
 
 
@@ -169,18 +180,20 @@ def _energy(method: Any, field: Any) -> Any:
 def _found(
     method: Any, problem: ProximalProblem, inners: list[Any], first: Point, memory: Any, active: Any, tol: float
 ) -> InnerResult:
-    own, rest, ops = inners[0], inners[1:], problem.ops
+    own, ops = inners[0], problem.ops
     found = minimise(
         problem, own, first, tol=tol, max_iters=method.max_iters or own.patience, active=active, memory=memory[0]
     )
     kept = [found.memory, *memory[1:]]
     if problem.energy is not None:
         found = lowered(problem, first, found, tol, active)
-    failed = active & ops.invert(found.converged)
-    if rest and any_true(failed):
+    for i, other in enumerate(inners[1:], 1):
+        failed = active & ops.invert(found.converged)
+        if not any_true(failed):
+            break
         # From the start again: what a failed iteration left may be far away.
-        more = minimise(problem, rest[0], first, tol=tol, max_iters=rest[0].patience, active=failed, memory=memory[1])
-        kept[1] = more.memory
+        more = minimise(problem, other, first, tol=tol, max_iters=other.patience, active=failed, memory=memory[i])
+        kept[i] = more.memory
         if problem.energy is not None:
             more = more._replace(converged=more.converged & not_higher(problem, first.z, more))
         found = merged(problem, failed, more, found)
@@ -201,8 +214,9 @@ def guarded(
 
 def _recorded(
     method: Any, field: Any, place: tuple, base: Tensor, g: Any, problem: ProximalProblem, found: InnerResult, inner: Any
-) -> Tensor:
-    """The solution as a function of everything the step depends on; samples without one stay constants."""
+) -> tuple[Tensor, InnerResult]:
+    """The solution as a function of everything the step depends on; samples without one stay constants, and one at which f turns
+    out not to be defined (an iterate that nobody had evaluated) is none."""
     wide, (t0, dt, node) = field.layout.spread(g), place
 
     def residual(z: Tensor) -> Tensor:
@@ -211,8 +225,14 @@ def _recorded(
 
     # f and its derivative need not exist at an iterate that failed.
     z = problem.keep(found.converged, found.z, problem.a)
-    solved = attach(residual, z, problem, method.backward_tol, inner.direct(problem, z))
-    return problem.keep(found.converged, solved, found.z)
+    r = residual(z)
+    sound = found.converged & problem.ops.isfinite(problem.norm(r.detach()))
+    if any_true(found.converged & problem.ops.invert(sound)):
+        found = found._replace(converged=sound, norm=problem.ops.where(found.converged, problem.norm(r.detach()), found.norm))
+        z = problem.keep(sound, z, problem.a)
+        r = residual(z)
+    solved = attach(residual, z, problem, method.backward_tol, inner.direct(problem, z), r)
+    return problem.keep(sound, solved, found.z), found
 
 
 def status(problem: ProximalProblem, found: InnerResult) -> Any:

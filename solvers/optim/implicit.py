@@ -22,7 +22,12 @@ MAX_ITERS = 2000
 
 
 def attach(
-    residual: Callable[[Tensor], Tensor], z: Tensor, problem: StageProblem, tol: float, direct: Direct | None = None
+    residual: Callable[[Tensor], Tensor],
+    z: Tensor,
+    problem: StageProblem,
+    tol: float,
+    direct: Direct | None = None,
+    known: Tensor | None = None,
 ) -> Tensor:
     """``z``, which solves residual(z) = 0, as a function of every tensor that ``residual`` depends on. Two calls of it.
 
@@ -34,6 +39,7 @@ def attach(
         residual: one call of f, recorded by autograd. z: flat, detached. problem: the same one, detached, for its geometry.
         tol: of the linear solves in the backward pass, relative to the right-hand side of each sample.
         direct: (b, transposed) -> nearly M^-1 b or M^-T b, by a factorisation: one or two products with M then do.
+        known: residual(z), recorded, if it is: then one call.
     """
 
     def again() -> tuple[Tensor, Tensor]:
@@ -43,7 +49,7 @@ def attach(
             return at, problem.residual(at)
 
     wanted = _Flag()
-    once = z - _Correction.apply(residual(z), _System(problem, tol, again, direct), wanted)
+    once = z - _Correction.apply(residual(z) if known is None else known, _System(problem, tol, again, direct), wanted)
     at = _Gate.apply(once, wanted)
     r = residual(at)
     return at - _Correction.apply(r, _System(problem, tol, lambda: (at, r), direct), wanted)

@@ -38,6 +38,8 @@ DOUBT = 0.8
 """Power that an expected ratio is raised to at each step that did not measure it (Hairer & Wanner II, IV.8)."""
 DENSE_LIMIT = 400
 """Unknowns of a sample up to which a matrix of its own pays."""
+LARGEST_MATRICES = 4 << 30
+"""Bytes that the dense matrices of all samples may take (23,170 unknowns of one float64 state); a step holds some of them."""
 
 
 class NewtonState(NamedTuple):
@@ -107,14 +109,20 @@ class Newton(InnerOptimizer):
             raise ArgumentError("jac_sparsity belongs to inner='newton_sparse' (or 'auto')")
         elif layout.index is not None and self.jac is not None:
             raise UnsupportedError("jac= serves joint mode and batch_dim=0, not groups of rows: leave it away")
+        elif _matrices(layout) > LARGEST_MATRICES:
+            what = f"{layout.batch} matrices" if layout.batch > 1 else "a matrix"
+            raise UnsupportedError(
+                f"inner='newton' would make {what} of {_unknowns(layout)} x {_unknowns(layout)} numbers, "
+                f"{_matrices(layout):.3g} bytes, more than {LARGEST_MATRICES:.3g}: take inner='newton_krylov', or "
+                "inner='newton_sparse' with jac_sparsity="
+            )
         return self
 
     def _choose(self, layout: Any) -> InnerOptimizer:
         if self.jac_sparsity is not None:
             return replace(self, kind="sparse")
-        rows = 1 if layout.index is None else layout.members[0].shape[1]
-        numbers = rows * layout.width * (2 if layout.dtype.is_complex else 1)
-        if numbers <= DENSE_LIMIT or self.jac is not None:
+        fits = _unknowns(layout) <= DENSE_LIMIT and _matrices(layout) <= LARGEST_MATRICES
+        if fits or self.jac is not None:
             return replace(self, kind="dense")
         return INNER_OPTIMIZERS["newton_krylov"]
 
@@ -239,6 +247,18 @@ class Newton(InnerOptimizer):
             return solved(made[0], b, problem, transposed)
 
         return solve
+
+
+def _unknowns(layout: Any) -> int:
+    """Real numbers of a sample, the largest group's in groups."""
+    rows = 1 if layout.index is None else layout.members[0].shape[1]
+    return rows * layout.width * (2 if layout.dtype.is_complex else 1)
+
+
+def _matrices(layout: Any) -> int:
+    """Bytes of one dense matrix for every sample."""
+    count = 1 if layout.joint else layout.batch
+    return count * _unknowns(layout) ** 2 * torch.finfo(layout.real_dtype).bits // 8
 
 
 def _whole(parts: list[Any], matrix: tuple[tuple[float, ...], ...], g: Any) -> Any:

@@ -25,6 +25,8 @@ SHARE = 0.5
 DIVERGED = 2.0
 """Ratio of successive residuals from which an iteration is given up. That of the corrections says nothing: what a linear
 system leaves of its right-hand side, a tenth, may be a larger part of the correction."""
+SHORTER, CUTS = 0.5, 8
+"""Factor by which a correction is cut after which the residual has grown by that, and times that is tried."""
 CURVED = 3.0
 """Safety of the nonlinearity seen in earlier corrections, when it judges one whose residual is not evaluated."""
 FADES = 0.3
@@ -45,11 +47,12 @@ class KrylovMemory(NamedTuple):
 
 
 class KrylovState(NamedTuple):
-    """point: the iterate, if its residual is known. expected: the residual it would have if r were linear. before: norm of the
-    last correction (0: none yet). floor: what rounding leaves of a correction. residual: norm of the last one (infinite:
-    none yet)."""
+    """point: the iterate, if its residual is known. base: the one before. expected: the residual it would have if r were
+    linear. before: norm of the last correction (0: none yet). floor: what rounding leaves of a correction. residual: norm of
+    the last one (infinite: none yet)."""
 
     point: Point | None
+    base: Point
     expected: Tensor
     before: Any
     floor: Any
@@ -121,7 +124,7 @@ class NewtonKrylov(InnerOptimizer):
             found = -1 if problem.coupled else self._test(problem, point, unknown)
             memory = memory._replace(symmetric=problem.ops.where(unknown, found, memory.symmetric))
         known = 1.0 + abs(problem.g) * memory.rho
-        return KrylovState(point, point.r, zero, floor, zero + math.inf, memory, known)
+        return KrylovState(point, point, point.r, zero, floor, zero + math.inf, memory, known)
 
     def _test(self, problem: Any, point: Point, unknown: Any) -> Any:
         """1 for samples in which <u, J v> = <v, J u> for two directions, else -1."""
@@ -145,6 +148,8 @@ class NewtonKrylov(InnerOptimizer):
         point = state.point or problem.evaluate(z)
         if state.point is None:
             state = self._learn(problem, point, state, running)
+            point = self._nearer(problem, point, state, running)
+            z = point.z
         delta, expected, state, solved = self._solve(problem, point, state, running)
         size, bend, linear = problem.norm(delta), state.memory.bend, problem.norm(expected)
         # A correction within rounding changes nothing by its nonlinearity; what the linear system has left, it has.
@@ -154,8 +159,19 @@ class NewtonKrylov(InnerOptimizer):
         hopeless = (left > problem.tol) & worse | ops.invert(ops.isfinite(size) & ops.isfinite(residual))
         left = ops.where(hopeless, math.nan, left)
         before, residual = ops.where(running, size, state.before), ops.where(running, residual, state.residual)
-        state = state._replace(point=None, expected=expected, before=before, residual=residual)
+        state = state._replace(point=None, base=point, expected=expected, before=before, residual=residual)
         return InnerStep(z - delta, point.r, state, None, left)
+
+    def _nearer(self, problem: Any, point: Point, state: KrylovState, running: Any) -> Point:
+        """``point``, or, where the residual has grown there, what lies between it and the iterate before: the correction is a
+        direction in which |r| falls, even where M is indefinite. Each cut is one call of f."""
+        ops = problem.ops
+        for _ in range(CUTS):
+            grown = running & ops.invert(problem.norm(point.r) < DIVERGED * state.residual)
+            if not any_true(grown):
+                break
+            point = problem.evaluate(problem.keep(grown, state.base.z + SHORTER * (point.z - state.base.z), point.z))
+        return point
 
     def _learn(self, problem: Any, point: Point, state: KrylovState, running: Any) -> KrylovState:
         """The nonlinearity, by a residual that was evaluated and what the linear system had left of it."""
