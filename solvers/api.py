@@ -35,6 +35,7 @@ from .status import (
     FIRST_FAILURE,
     ArgumentError,
     ArgumentTypeError,
+    RoundingWarning,
     Status,
     StiffnessWarning,
     UnknownNameError,
@@ -115,7 +116,8 @@ def solve(
 
     Raises ``ArgumentError`` / ``ArgumentTypeError`` / ``UnknownNameError`` before any work for what cannot be used, and
     one of ``NonFiniteError, StepUnderflowError, MaxStepsError, InnerSolverError`` after a failed solve. Warns with
-    ``StiffnessWarning`` after a solve in many steps that stability, not accuracy, had kept short.
+    ``StiffnessWarning`` after a solve in many steps that stability, not accuracy, had kept short, with ``RoundingWarning``
+    after one whose steps rounding errors had decided.
     """
     field = callable_field(field)
     _check_field(field, args)
@@ -512,6 +514,7 @@ def _finish(plan: Plan, trajectory: Trajectory, stats: Stats, throw: bool) -> So
         raise ERRORS[worst](solution.message, solution)
     if solution.success:
         _warn_of_stiffness(plan, trajectory, stats)
+        _warn_of_rounding(plan, stats)
     return solution
 
 
@@ -584,6 +587,12 @@ STIFF = 0.6
 """Share of the method's stability limit that a controller keeps to where stability, not accuracy, limits the step."""
 MANY = 1000
 """Accepted steps from which on it is worth the dozen calls of f to ask whether they had to be so many."""
+MANY_IMPLICIT = 300
+"""The same of an implicit method, to judge by how many it repeated."""
+REPEATED = 0.3
+"""Repeated steps for each accepted one that rounding, and nothing else known, leads to."""
+GUARD_DIGITS = 1e4
+"""rtol in units of the machine epsilon below which rounding is suspected."""
 FOR_STIFF = ("auto", "prox_bdf", "esdirk547")
 """Methods for any stiff problem: the first that there is."""
 
@@ -598,6 +607,23 @@ def _warn_of_stiffness(plan: Plan, trajectory: Trajectory, stats: Stats) -> None
         warnings.warn(
             f"{plan.method.name} took {int(accepted.max())} steps: {held}", StiffnessWarning, stacklevel=_outside()
         )
+
+
+def _warn_of_rounding(plan: Plan, stats: Stats) -> None:
+    """``RoundingWarning`` where a tolerance is near rounding and implicit steps were repeated as chance would have it: errors of
+    a method shrink with the step, and few steps are repeated; those of f, where rates cancel, do not."""
+    precision = torch.finfo(plan.layout.real_dtype).eps
+    fine = float(torch.as_tensor(plan.norm.rtol).min()) < GUARD_DIGITS * precision
+    if not (fine and plan.method.implicit and plan.controller.adaptive):
+        return
+    accepted, rejected = (torch.as_tensor(x).reshape(-1) for x in (stats.accepted, stats.rejected))
+    if bool(((accepted >= MANY_IMPLICIT) & (rejected > REPEATED * accepted)).any()):
+        warnings.warn(
+            f"{plan.method.name} took {int(accepted.max())} steps and repeated {int(rejected.max())}: rounding errors of f in "
+            f"{plan.layout.dtype} are as large as its tolerance, and what they decide may be wrong altogether. Try "
+            "torch.float64, another unit for the largest rates, or a larger rtol",
+            RoundingWarning, stacklevel=_outside(),
+        )  # fmt: skip
 
 
 def _outside() -> int:

@@ -52,6 +52,10 @@ class StiffnessWarning(UserWarning):
     """An explicit method was held to small steps by stability: an implicit or a stabilised one would take fewer."""
 
 
+class RoundingWarning(UserWarning):
+    """Rounding errors of f, not the method's own, made an implicit method repeat its steps; the solution may be as wrong."""
+
+
 class SolveError(ProxodeError, RuntimeError):
     """A solve failed. ``.solution`` holds everything that was reached before it did."""
 

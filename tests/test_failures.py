@@ -14,6 +14,7 @@ from solvers import (
     Jump,
     MaxStepsError,
     NonFiniteError,
+    RoundingWarning,
     SolveError,
     Status,
     StepUnderflowError,
@@ -675,3 +676,20 @@ def test_methods_that_take_long_steps_are_not_blamed(method):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         solve(stiff, double(1.0, 1.0), [0.0, 0.2], method=method, rtol=1e-4, dt_max=1e-4)
+
+
+def cancelling(t, y, rate):
+    """y' = -y, written as rates that cancel: in single precision what is left of them is off by up to 1e-6 ``rate``."""
+    return -y + rate * (((y + 16) - 16) - y)
+
+
+@pytest.mark.parametrize(("method", "rate"), [("prox_bdf", 1e3), ("auto", 3e4)])
+def test_implicit_steps_that_rounding_decides_are_told_of(method, rate):
+    how = {"method": method, "rtol": 1e-4, "atol": 1e-6}
+    args = (rate,)
+    with pytest.warns(RoundingWarning, match=rf"{method} took .* repeated .* torch.float32 .*Try torch.float64"):
+        solve(cancelling, torch.ones(1), [0.0, 4.0], args=args, **how)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solve(cancelling, double(1.0), [0.0, 4.0], args=args, **how)
+        solve(lambda t, y: torch.cos(40 * t) - y, torch.ones(1), [0.0, 6.0], **how)

@@ -230,11 +230,74 @@ def network() -> Problem:
     return Problem(f, torch.ones(6, dtype=D), [0.0, 0.5, 5.0])
 
 
+def spiral() -> Problem:
+    """A slow solution and modes -500 +- 2000 i beside it: outside the sectors in which BDF4 and BDF5 are stable."""
+
+    def f(t, y):
+        a, b = y[..., 0] - torch.sin(t), y[..., 1] - torch.cos(2 * t)
+        return torch.stack([torch.cos(t) - 500 * a + 2000 * b, -2 * torch.sin(2 * t) - 2000 * a - 500 * b], -1)
+
+    t = vector(0.5, 2.0)
+    return Problem(f, vector(1, 0), [0.0, *t.tolist()], torch.stack([torch.sin(t), torch.cos(2 * t)], -1))
+
+
+def chain(n: int = 20) -> Problem:
+    """Far from normal: each unknown decays at rate 1000 and is driven at rate 1800 by the next, the last ones by sines."""
+    a = 1800 * torch.diag(torch.ones(n - 1, dtype=D), 1) - 1000 * torch.eye(n, dtype=D)
+    w, t = torch.linspace(1, 2, n, dtype=D), vector(0.5, 5.0)
+    # After the transient: the sum of the answers to the single sines.
+    forms = [torch.linalg.solve(1j * x * torch.eye(n) - a, 1000 * row + 0j) for x, row in zip(w, torch.eye(n, dtype=D))]
+    exact = (torch.exp(1j * t[:, None] * w) @ torch.stack(forms)).imag
+    return Problem(lambda t, y: y @ a.T + 1000 * torch.sin(w * t), torch.zeros(n, dtype=D), [0.0, *t.tolist()], exact)
+
+
+def nerve() -> Problem:
+    """Hodgkin & Huxley 1952 under a current from t = 10 on, which nobody is told of."""
+
+    def f(t, y):
+        v, m, h, n = y.unbind(-1)
+        am, bm = 0.1 * (v + 40) / (1 - torch.exp(-(v + 40) / 10)), 4 * torch.exp(-(v + 65) / 18)
+        ah, bh = 0.07 * torch.exp(-(v + 65) / 20), 1 / (1 + torch.exp(-(v + 35) / 10))
+        an, bn = 0.01 * (v + 55) / (1 - torch.exp(-(v + 55) / 10)), 0.125 * torch.exp(-(v + 65) / 80)
+        current = 120 * m**3 * h * (v - 50) + 36 * n**4 * (v + 77) + 0.3 * (v + 54.387)
+        rates = am * (1 - m) - bm * m, ah * (1 - h) - bh * h, an * (1 - n) - bn * n
+        return torch.stack([torch.where(t > 10, 10.0, 0.0) - current, *rates], -1)
+
+    return Problem(f, vector(-65, 0.0529, 0.5961, 0.3177), [0.0, 20.0, 40.0], rtol=1e-8)
+
+
+def medical(n: int = 30) -> Problem:
+    """Medical Akzo Nobel (test set for IVP solvers), coarse: antibodies in a tumour; the supply ends at t = 5."""
+    z = torch.arange(1, n + 1, dtype=D) / n
+    drift, spread = (z - 1) ** 3 / 8 * n / 2, (z - 1) ** 4 / 16 * n * n
+
+    def f(t, y):
+        u, v = y.tensor_split(2, -1)
+        left = torch.cat([torch.where(t <= 5, 2.0, 0.0).to(D).expand(u[..., :1].shape), u[..., :-1]], -1)
+        right = torch.cat([u[..., 1:], u[..., -1:]], -1)
+        lost = 100 * u * v
+        return torch.cat([drift * (right - left) + spread * (left - 2 * u + right) - lost, -lost], -1)
+
+    return Problem(f, torch.cat([torch.zeros(n, dtype=D), torch.ones(n, dtype=D)]), [0.0, 4.0, 20.0], rtol=1e-8)
+
+
+def pendulum() -> Problem:
+    """On a damped spring of stiffness 1e6 in place of a rod: nearly an algebraic equation of index 3."""
+
+    def f(t, y):
+        a, b, u, v = y.unbind(-1)
+        r = torch.sqrt(a * a + b * b)
+        pull = (1e6 * (r - 1) + 2e3 * (a * u + b * v) / r) / r
+        return torch.stack([u, v, -pull * a, -pull * b - 9.81], -1)
+
+    return Problem(f, vector(1, 0, 0, 0), [0.0, 0.5, 2.0], rtol=1e-8)
+
+
 ZOO = {
     make.__name__: make
     for make in (
         robertson, van_der_pol, akzo, flame, swinging, prothero_robinson, switched, untold, corners, diurnal, scaled, roots,
-        burgers, fitzhugh, brusselator, network,
+        burgers, fitzhugh, brusselator, network, spiral, chain, nerve, medical, pendulum,
     )
 }  # fmt: skip
 
@@ -257,7 +320,7 @@ def error(y: torch.Tensor, exact: torch.Tensor) -> float:
     return float(((y - exact).abs() / (exact.abs() + FLOOR)).max())
 
 
-QUICK = ("robertson", "prothero_robinson")
+QUICK = ("robertson", "prothero_robinson", "spiral", "chain")
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ZOO])
