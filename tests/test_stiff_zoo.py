@@ -20,7 +20,8 @@ FLOOR = 1e-3
 
 
 class Problem(NamedTuple):
-    """f(t, y), y0, output times; ``exact``: at these, ``(T, n)``; None: scipy's Radau at 1e-10 is asked."""
+    """f(t, y), y0, output times; ``exact``: at these, ``(T, n)``; None: scipy's Radau at 1e-10 is asked; ``methods``: that are
+    held to it."""
 
     f: Callable[..., Any]
     y0: torch.Tensor
@@ -28,6 +29,7 @@ class Problem(NamedTuple):
     exact: Any = None
     jumps: tuple[float, ...] = ()
     rtol: float = 1e-10
+    methods: tuple[str, ...] = ("prox_bdf", "auto")
 
 
 def vector(*values: float) -> torch.Tensor:
@@ -81,8 +83,8 @@ def flame() -> Problem:
 
 
 def swinging() -> Problem:
-    """Linear, eigenvalues -10 +- 1000 i, -1 +- 10 i and -1. (With 50 i, errors of ``prox_bdf`` and of scipy's BDF are 1.4e-3:
-    formulas of this kind are poor at oscillations that last.)"""
+    """Linear, eigenvalues -10 +- 1000 i, -1 +- 10 i and -1: the errors of the 2,000 to 12,000 steps that it takes add up. Those
+    of ``auto``, which stays explicit, to 1.7e-4; of ``prox_bdf`` to 1.3e-3, see the test of oscillations below."""
     t = vector(0.5, 3.0)
 
     def pair(a, b, c, d):
@@ -94,7 +96,7 @@ def swinging() -> Problem:
 
     one, two = torch.exp(-10 * t), torch.exp(-t)
     exact = [one * torch.cos(1000 * t), one * torch.sin(1000 * t), two * torch.cos(10 * t), two * torch.sin(10 * t), two]
-    return Problem(f, vector(1, 0, 1, 0, 1), [0.0, *t.tolist()], torch.stack(exact, -1))
+    return Problem(f, vector(1, 0, 1, 0, 1), [0.0, *t.tolist()], torch.stack(exact, -1), methods=("auto",))
 
 
 def prothero_robinson() -> Problem:
@@ -327,6 +329,22 @@ QUICK = ("robertson", "prothero_robinson", "spiral", "chain")
 def test_three_right_digits_at_the_default_tolerances(name):
     problem = ZOO[name]()
     exact = reference(problem)
-    for method in ("prox_bdf", "auto"):
+    for method in problem.methods:
         s = solve(problem.f, problem.y0, problem.t, method=method, jumps=[Jump(t) for t in problem.jumps])
         assert error(s.y[1:], exact) < 1e-3
+
+
+@pytest.mark.parametrize("tol", [1e-4, 1e-5])
+def test_errors_of_an_oscillation_add_up_by_less_than_half_a_tolerance_a_step(tol):
+    """y' = (-10 + 1000 i) y, followed for 25 periods; measured: a quarter, scipy's BDF 0.08 to 0.18, dopri5 0.05 to 0.13."""
+
+    def f(t, y):
+        return (-10 + 1000j) * y
+
+    end = 0.16
+    exact = np.exp((-10 + 1000j) * end)
+    s = solve(f, torch.ones(1, dtype=torch.complex128), [0.0, end], method="prox_bdf", rtol=tol, atol=1e-3 * tol)
+    found = abs(s.y[-1].item() - exact) / abs(exact)
+    peer = solve_ivp(f, (0.0, end), [1 + 0j], "BDF", rtol=tol, atol=1e-3 * tol)
+    assert found < 0.5 * tol * s.stats.accepted
+    assert found < 4 * abs(peer.y[0, -1] - exact) / abs(exact)
