@@ -72,6 +72,7 @@ def run(data, tmp_path):
 def test_grand_lists_every_seed_beside_what_is_printed(run, variant):
     models = ("gcn", "gat", "sage") if variant == "l" else ()
     record = run("grand", "--quick", "--variant", variant, "--models", ",".join(models), "--seeds", "2")
+    assert record["data"]["recipes"][f"grand-{variant}"]["norm"] == ("col" if variant == "l" else "authors")
     accuracy, seeds = record["tables"]
     assert [line["model"] for line in accuracy["rows"]] == [f"grand-{variant}", *models]
     assert len(seeds["rows"]) == 2 * (1 + len(models)) and all(line["status"] == "done" for line in seeds["rows"])
