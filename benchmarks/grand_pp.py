@@ -74,6 +74,7 @@ OWN = (
     Option("times", "depths T, with 20 labels per class, in place of 1, 4, ..., 256", None, numbers),
     Option("labels", "labels per class, at the recipe's T, in place of 1, 2, 5, 10, 20", None, counts),
     Option("splits", "random splits, from 0 on", None, positive),
+    Option("patience", "epochs without a better validation score that end a run", PATIENCE, positive),
 )
 
 
@@ -109,7 +110,7 @@ def jobs_of(settings: Settings, cell: Cell, source: str | None) -> list[Job]:
     variant = options["variant"]
     splits = options["splits"] or (1 if settings.quick else 20 if settings.full else SPLITS[variant])
     epochs = options["epochs"] or (2 if settings.quick else EPOCHS[variant])
-    recipe = replace(GRAND[options["dataset"]], time=cell.time, epochs=epochs, patience=PATIENCE)
+    recipe = replace(GRAND[options["dataset"]], time=cell.time, epochs=epochs, patience=options["patience"])
     chosen = {"source": source, **solver(variant, settings.methods[0] if settings.methods else None)}
     if chosen["method"] == "exp_linear" and cell.time > 100:
         chosen["krylov_dim"] = 200  # uniformisation in one step; it needs no more products than it uses
@@ -160,7 +161,8 @@ def run(settings: Settings) -> Result:
     table.notes = [
         f"{about}; attention {WORDS[options['norm']]}",
         "± is the sample standard deviation over splits; gain, wins and p (paired t-test, two-sided) are of the same splits",
-        f"at the epoch of the best validation score, until {PATIENCE} epochs bring no better one; published: Xia 2023, chapter 4",
+        f"at the epoch of the best validation score, until {options['patience']} epochs bring no better one",
+        "published: Xia 2023, chapter 4",
         "failed: the thesis has no number because its solver did not finish; here status says how ours ended",
     ]
     return Result([table, every], {"recipe": asdict(jobs_of(settings, cells[0], source)[0])})
