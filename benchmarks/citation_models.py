@@ -107,7 +107,10 @@ def graph_for(data: NodeData, variant: str) -> Graph:
 
 
 def grand_model(data: NodeData, recipe: Recipe, variant: str = "l", norm: str = "col", **options: Any) -> GraphDiffusion:
-    """GRAND-l, -nl or -nl-rw for `data`, with the source beta x(0) unless `options` of `GraphDiffusion` or `solve` say else."""
+    """GRAND-l, -nl or -nl-rw for `data`, with the source beta x(0) unless `options` of `GraphDiffusion` or `solve` say else.
+
+    `beta` among the options: where the learned factor of the source starts, in place of the layer's own choice.
+    """
     dim, time = recipe.attention_dim, recipe.time
     if dim is None or time is None:
         raise BenchmarkError("this recipe has no attention_dim and time: it is one for layers")
@@ -115,7 +118,8 @@ def grand_model(data: NodeData, recipe: Recipe, variant: str = "l", norm: str = 
     if norm == "authors":
         attention.attention = replace(attention.attention, score=below_maximum)
     chosen: dict[str, Any] = {**VARIANTS[variant], **solver(variant), "source": "x0", "max_steps": 10_000, **options}
-    return GraphDiffusion(
+    beta = chosen.pop("beta", None)
+    model = GraphDiffusion(
         data.features.num_sources,
         recipe.hidden,
         data.num_classes,
@@ -125,6 +129,9 @@ def grand_model(data: NodeData, recipe: Recipe, variant: str = "l", norm: str = 
         dropout=recipe.dropout,
         **chosen,
     )
+    if beta is not None and model.beta is not None:
+        nn.init.constant_(model.beta, beta)
+    return model
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ OWN = (
     Option("times", "depths T, with 20 labels per class, in place of 1, 4, ..., 256", None, numbers),
     Option("labels", "labels per class, at the recipe's T, in place of 1, 2, 5, 10, 20", None, counts),
     Option("splits", "random splits, from 0 on", None, positive),
+    Option("beta", "where the learned factor of the source starts, in place of 0 (x0) and 1", None, float),
     Option("patience", "epochs without a better validation score that end a run", PATIENCE, positive),
 )
 
@@ -112,6 +113,8 @@ def jobs_of(settings: Settings, cell: Cell, source: str | None) -> list[Job]:
     epochs = options["epochs"] or (2 if settings.quick else EPOCHS[variant])
     recipe = replace(GRAND[options["dataset"]], time=cell.time, epochs=epochs, patience=options["patience"])
     chosen = {"source": source, **solver(variant, settings.methods[0] if settings.methods else None)}
+    if source is not None and options["beta"] is not None:
+        chosen["beta"] = options["beta"]
     if chosen["method"] == "exp_linear" and cell.time > 100:
         chosen["krylov_dim"] = 200  # uniformisation in one step; it needs no more products than it uses
     if chosen["method"] != "exp_linear" and cell.time > 40:
