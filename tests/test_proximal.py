@@ -348,7 +348,7 @@ def test_samples_with_their_own_times_and_jumps():
 def test_too_few_iterations_are_a_failure(rate):
     f, y0, _ = ring()
     with pytest.raises(InnerSolverError, match="prox_euler|inner"):
-        solve(f, y0, [0.0, 1.0], method="prox_euler", dt=0.1, rate=rate, max_iters=3)
+        solve(f, y0, [0.0, 1.0], method="prox_euler", dt=0.1, rate=rate, max_iters=3, fallback=None)
 
 
 def test_a_step_without_a_minimum_is_a_failure():
@@ -361,7 +361,7 @@ def test_a_step_without_a_minimum_is_a_failure():
 
 def test_adaptive_steps_shrink_until_the_equations_can_be_solved():
     f, y0, _ = ring()
-    solution = solve(f, y0, [0.0, 0.01], method="prox_euler", dt0=1e-2, max_iters=5, rtol=1e-2, atol=1e-2)
+    solution = solve(f, y0, [0.0, 0.01], method="prox_euler", dt0=1e-2, max_iters=5, rtol=1e-2, atol=1e-2, fallback=None)
     assert solution.success
     assert solution.stats.rejected > 0
 
@@ -369,7 +369,7 @@ def test_adaptive_steps_shrink_until_the_equations_can_be_solved():
 def test_a_rate_that_is_too_large_diverges_and_says_so():
     """Xia 2023 writes eta = 0.1 for this problem; 2 / L is 0.06."""
     f, y0, _ = ring(128, 1 / 127)
-    solution = solve(f, y0, [0.0, 1.0], method="prox_euler", num_steps=2000, rate=0.1, throw=False)
+    solution = solve(f, y0, [0.0, 1.0], method="prox_euler", num_steps=2000, rate=0.1, fallback=None, throw=False)
     assert solution.status == Status.INNER_NOT_CONVERGED
 
 

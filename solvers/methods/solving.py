@@ -194,10 +194,20 @@ def _found(
         # From the start again: what a failed iteration left may be far away.
         more = minimise(problem, other, first, tol=tol, max_iters=other.patience, active=failed, memory=memory[i])
         kept[i] = more.memory
-        if problem.energy is not None:
-            more = more._replace(converged=more.converged & not_higher(problem, first.z, more))
+        more = more._replace(converged=_lower(problem, first, more))
         found = merged(problem, failed, more, found)
     return found._replace(memory=tuple(kept))
+
+
+def _lower(problem: ProximalProblem, first: Point, found: InnerResult) -> Any:
+    """Where what was found as a root is a minimum seen from the start: of the objective, or, where there is none, by the curvature
+    there along the way from the start. Else the step is longer than growth allows, and its root no continuation of the
+    solution: y' = 2 y over a step of 1 has the root -y."""
+    if problem.energy is not None:
+        return found.converged & not_higher(problem, first.z, found)
+    way = problem.keep(found.converged, found.z - first.z, 0.0)
+    curved = problem.dot(way, problem.jv(problem.evaluate(problem.keep(found.converged, found.z, first.z)), way))
+    return found.converged & ((curved > 0) | (problem.dot(way, way) == 0))
 
 
 def guarded(
