@@ -303,7 +303,7 @@ def test_stopping_by_the_step_as_the_thesis_does():
     fr = solve(f, y0, [0.0, 1.0], inner="fletcher_reeves", inner_stop="step", **how)
     assert float((fr.y[-1] - y0 / (1 + scale)).abs().max()) < 1e-3
     how["rate"] = 0.1
-    wild = solve(f, y0, [0.0, 1.0], inner="fletcher_reeves", inner_stop="step", throw=False, **how)
+    wild = solve(f, y0, [0.0, 1.0], inner="fletcher_reeves", inner_stop="step", fallback=None, throw=False, **how)
     assert wild.status == Status.INNER_NOT_CONVERGED
 
 

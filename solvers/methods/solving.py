@@ -200,9 +200,9 @@ def _found(
 
 
 def _lower(problem: ProximalProblem, first: Point, found: InnerResult) -> Any:
-    """Where what was found as a root is a minimum seen from the start: of the objective, or, where there is none, by the curvature
-    there along the way from the start. Else the step is longer than growth allows, and its root no continuation of the
-    solution: y' = 2 y over a step of 1 has the root -y."""
+    """Where what was found as a root is a minimum seen from the start: of the objective, or, without one, by the curvature there
+    along the way from the start. Else the step is longer than growth allows, and its root no continuation of the solution:
+    y' = 2 y over a step of 1 has the root -y."""
     if problem.energy is not None:
         return found.converged & not_higher(problem, first.z, found)
     way = problem.keep(found.converged, found.z - first.z, 0.0)

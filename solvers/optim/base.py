@@ -31,6 +31,8 @@ ROUNDING = 4.0
 """Units in the last place of z below which a residual of z is noise."""
 NOISE = 10.0
 """Times what a change of the last place of z is seen to do to its residual: below, that is noise."""
+LONGEST = 1e-4
+"""Share of z that a difference along a direction may be."""
 RESTS = 0.01
 """Share of the tolerance below which no start needs an iteration, whatever rounding makes of it."""
 
@@ -164,14 +166,15 @@ class InnerProblem(ABC):
     def difference_step(self, point: Point, v: Tensor) -> Any:
         """Length of a forward difference along ``v``: sqrt(eps) |z| / |v|, as a power of two.
 
-        The residual stands in for z where z is (nearly) 0, unless that makes a difference larger than the tolerance: a stiff
-        residual says nothing about z. A power of two costs no rounding, and does not move when a last bit of the norms does.
+        The residual stands in for z where z is (nearly) 0, unless the difference were more than a ten-thousandth of z, or than
+        the tolerance: a stiff residual says nothing about z. A power of two costs no rounding, and does not move when a last
+        bit of the norms does.
         """
         root = math.sqrt(torch.finfo(v.dtype).eps)
         if self._size is None:
             ops = self.ops
             z, r, least = (self.dot(x, x) ** 0.5 for x in (point.z, point.r, self.scale))
-            self._size = ops.maximum(z, ops.minimum(r, least / root))
+            self._size = ops.maximum(z, ops.minimum(r, ops.maximum(LONGEST * z, least) / root))
         length = self.dot(v, v) ** 0.5
         if self.layout.joint:
             h = root * self._size / length if length > 0 else 1.0
