@@ -41,7 +41,7 @@ def stiffness(layout: Any, scale: Any, change: Tensor, slopes: Tensor, before: S
     modes that hold a step back stand out from larger ones that do not.
     """
     ops = layout.ops
-    v2, a2, va, fit = _products(layout, [x / scale for x in (change, slopes, before.change, before.slopes)])
+    v2, a2, va, fit = _products(layout, torch.stack([change, slopes, before.change, before.slopes]) / scale)
     along = (va < 0) & (va * va > 0.25 * v2 * a2) & (v2 > 0)
     single = ops.power(ops.where(along, a2, 0.0) / ops.where(along, v2, 1.0), 0.5)
     square, real = _eigenvalues(ops, fit, INDEPENDENT * torch.finfo(layout.real_dtype).eps)
@@ -52,21 +52,24 @@ def stiffness(layout: Any, scale: Any, change: Tensor, slopes: Tensor, before: S
     return ops.where(near, pair, single), Seen(change, slopes, (square, real))
 
 
-def _products(layout: Any, vectors: list[Tensor]) -> tuple[Any, Any, Any, tuple[Any, ...]]:
+def _products(layout: Any, rows: Tensor) -> tuple[Any, Any, Any, tuple[Any, ...]]:
     """Of v, a = Jv, u, b = Ju: |v|**2, |a|**2, <v, a>; and |v|**2, |u|**2, <v, u>, <v, a>, <u, a>, <v, b>, <u, b>."""
     if layout.joint:
-        rows = torch.stack(vectors)
         rows = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
         (v2, va, vu, vb), (_, a2, ua, _), (_, _, u2, ub), _ = (rows @ rows.T).tolist()
         return v2, a2, va, (v2, u2, vu, va, ua, vb, ub)
-    v, a, u, b = vectors
+    v2, va, vu, vb = _sums(layout, rows.conj() * rows[0])
+    ua, u2, ub = _sums(layout, rows[1:].conj() * rows[2])
+    (a2,) = _sums(layout, rows[1:2].conj() * rows[1])
+    return v2, a2, va, (v2, u2, vu, va, ua, vb, ub)
 
-    def dot(x: Tensor, y: Tensor) -> Tensor:
-        product = x.conj() * y
-        return layout.sum(product.real if product.is_complex() else product)
 
-    v2, va = dot(v, v), dot(v, a)
-    return v2, dot(a, a), va, (v2, dot(u, u), dot(v, u), va, dot(u, a), dot(v, b), dot(u, b))
+def _sums(layout: Any, products: Tensor) -> tuple[Tensor, ...]:
+    """Sums over each sample's elements of several states' real parts at once."""
+    products = products.real if products.is_complex() else products
+    if layout.index is not None:
+        return tuple(layout.sum(x) for x in products)
+    return layout.sum(products.flatten(0, 1)).unflatten(0, (len(products), -1)).unbind(0)
 
 
 def _eigenvalues(ops: Any, products: tuple[Any, ...], least: float) -> tuple[Any, Any]:
