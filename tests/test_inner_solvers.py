@@ -99,6 +99,15 @@ def test_momentum_takes_the_root_of_the_iterations():
     assert count["nesterov_restart"] < count["gradient_descent"] / 3
 
 
+def test_a_symmetric_system_that_takes_long_stays_with_minres():
+    """2048 cells over a step of 1/1000 of their slowest time: conjugate residuals need about the root of g rho of iterations,
+    and GMRES with restarts, which would forget, is not called in."""
+    n = 2048
+    field = lambda t, y: n**2 * (torch.roll(y, 1, -1) - 2 * y + torch.roll(y, -1, -1)) / (4 * math.pi**2)
+    problem, found = run("newton_krylov", field, torch.randn(n, dtype=D), 1.0, atol=1e-4)
+    assert found.converged and found.memory.symmetric == 1 and 500 < problem.calls < 4000
+
+
 def test_fixed_point_contracts_below_and_diverges_above():
     for scale, converges in ((0.8, True), (1.25, False)):
         f = lambda t, y, scale=scale: -scale * torch.sin(y)

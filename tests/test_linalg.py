@@ -96,9 +96,11 @@ def test_minres_solves_symmetric_systems_and_says_where_it_breaks_down():
     norm, enough = (lambda r: geometry.dot(r, r) ** 0.5), 1e-8 * geometry.dot(b, b) ** 0.5
     everyone = torch.ones(3, dtype=torch.bool)
     product = lambda v: torch.einsum("bij,bj->bi", matrix, v)
-    x, residual, unsolved = minres(product, b, geometry, norm, enough, running=everyone)
-    assert unsolved.tolist() == [False, False, True]
+    x, residual, unsolved, broken = minres(product, b, geometry, norm, enough, running=everyone)
+    assert unsolved.tolist() == broken.tolist() == [False, False, True]
     assert torch.allclose(b - product(x), residual, rtol=0, atol=1e-9)
+    short = minres(product, b, geometry, norm, enough, running=everyone, max_iters=15)
+    assert short[2].tolist() == [False, True, True] and short[3].tolist() == [False, False, True]
     assert torch.allclose(x[:2], torch.linalg.solve(matrix, b)[:2], rtol=1e-5, atol=1e-8)
     # The same minimum over the same space as GMRES, one product more or less.
     few = minres(product, b, geometry, norm, 0 * enough, running=everyone, max_iters=7)[1]

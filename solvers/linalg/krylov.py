@@ -155,8 +155,9 @@ def _residual(basis: list[Tensor], rotations: list[Any], left: Any, geometry: An
 
 def minres(
     product: Product, b: Tensor, geometry: Any, norm: Callable[[Tensor], Any], enough: Any, *, running: Any, max_iters: int = 500
-) -> tuple[Tensor, Tensor, Any]:
-    """x with norm(b - M x) <= ``enough`` for a symmetric M, b - M x, and the samples for which it was not found.
+) -> tuple[Tensor, Tensor, Any, Any]:
+    """x with norm(b - M x) <= ``enough`` for a symmetric M, b - M x, the samples for which it was not found, and those of them
+    in which the iteration broke down.
 
     The method of minimal residuals in the form of conjugate residuals (Stiefel 1955, Comment. Math. Helv. 29): four vectors,
     one product an iteration. For M that is not positive definite it may break down, which leaves the sample unsolved.
@@ -184,7 +185,7 @@ def minres(
         x, r, before = x + alpha * p, r - alpha * mp, energy
         small = norm(r) <= enough
         unsolved, running = unsolved & ops.invert(running & small), running & ops.invert(small)
-    return x, r, unsolved
+    return x, r, unsolved, unsolved & ops.invert(running)
 
 
 def _combine(directions: list[Tensor], columns: list[list[Any]], right: list[Any], spread: Callable[[Any], Any]) -> Tensor:
