@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..optim import InnerOptimizer
+from ..optim.linearisation import Memory
 from ..optim.newton import Newton
 from ..status import ArgumentError
 from .adams_weights import distances
@@ -34,6 +35,11 @@ class BDFState(NamedTuple):
     count: Any
     order: Any
     memory: Any
+
+    @property
+    def factorises(self) -> bool:
+        """Whether another step size means another matrix to be factorised."""
+        return isinstance(self.memory[0], Memory)
 
 
 class BDFError(NamedTuple):

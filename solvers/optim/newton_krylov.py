@@ -23,7 +23,7 @@ FORCING = 0.5
 """Residual of a linear system relative to its right-hand side, at most."""
 COUPLED_FORCING = 0.1
 """The same where several stages are solved together, to a much smaller tolerance."""
-SHARE = 0.5
+SHARE = 0.65
 """Share of the tolerance that the residual of a linear system need not get below."""
 ROUGH_SHARE = 0.35
 """The same of what rounding leaves of a residual, where that is more: of that less is needless (single precision, 128 cells at
