@@ -39,7 +39,7 @@ class BDFState(NamedTuple):
     @property
     def factorises(self) -> bool:
         """Whether another step size means another matrix to be factorised."""
-        return isinstance(self.memory[0], Memory)
+        return any(isinstance(part, Memory) for part in self.memory)
 
 
 class BDFError(NamedTuple):
