@@ -246,7 +246,7 @@ BENCHMARKS.add(
     Benchmark(
         "graph-kernels",
         "graph operators against torch-scatter, PyG and torch.sparse",
-        "15 min",
+        "25 min",
         "1 min",
         run,
         draw,
