@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..optim import INNER_OPTIMIZERS, Algebra, InnerOptimizer, InnerResult, Point, ProximalProblem, any_true
+from ..optim import INNER_OPTIMIZERS, Algebra, InnerOptimizer, Point, ProximalProblem, any_true
 from .adams_weights import distances
 from .backward_weights import combined, increments, lagrange, values, variable_coefficients
 from .base import METHODS, Method, StepOut, inverse, number
@@ -27,12 +27,13 @@ SHARE = 0.3
 
 
 class ProxState(NamedTuple):
-    """What the last accepted steps say of the next one, detached: dy/dt at the start; the divided difference of dy/dt
-    over the last two steps (0: none yet); the last step's size (0: none yet); the inner optimiser's memory."""
+    """slope: f where the solve began. past, steps: the two states before, the latest first, and the sizes of the steps from them
+    (0: none yet); what they say of the next step is worked out anew, so that a backward pass that keeps the states of all
+    steps has no more to keep. memory: the inner optimiser's."""
 
     slope: Tensor
-    bend: Tensor
-    dt: Any
+    past: tuple[Tensor, Tensor]
+    steps: tuple[Any, Any]
     memory: Any
 
 
@@ -106,24 +107,28 @@ class ProxEuler(Method):
         layout = field.layout
         none = 0.0 if layout.joint else torch.zeros(layout.batch, dtype=torch.float64, device=layout.device)
         slope = torch.zeros_like(y0) if f0 is None else held(self, f0)
-        return ProxState(slope, torch.zeros_like(y0), none, remembered(self, layout, y0))
+        return ProxState(slope, (y0, y0), (none, none), remembered(self, layout, y0))
 
     def step(self, field: Any, t0: Any, dt: Any, y0: Tensor, state: ProxState, active: Any) -> StepOut:
         size, base = number(dt), held(self, y0)
         with torch.no_grad():
             scale = field.norm.scale(y0)
-        start = lambda problem, evaluate: self._predict(problem, evaluate, state)
+        with quiet(self):
+            slope, bend = _slopes(field.layout, base, state)
+        start = lambda problem, evaluate: self._predict(problem, evaluate, slope, bend, state.steps[0])
         done = solve_stage(self, field, t0, dt, base, size, start, lambda: (y0, dt), state.memory, active, scale)
         with quiet(self):
-            error, after = _advance(done.problem, state, done.found)
+            # The leading term of the local error, (dt / 2) (f1 - f0).
+            error = 0.5 * (done.found.z - base - field.layout.spread(size) * slope)
+        after = _after(field.layout, base, size, state, done.found.memory)
         dense = ProxDense(field.layout, dt, y0, done.z)
         return StepOut(done.z, error, dense, after, done.calls, done.status, done.found.iterations, done.problem.algebra)
 
-    def _predict(self, problem: ProximalProblem, evaluate: Any, state: ProxState) -> Point:
+    def _predict(self, problem: ProximalProblem, evaluate: Any, slope: Tensor, bend: Tensor, last: Any) -> Point:
         """Extrapolation of the past, or the start where that has the smaller residual."""
         y0, wide = problem.a, problem.wide
-        slope = wide * state.slope
-        bend = wide * problem.layout.spread(problem.g + state.dt) * state.bend
+        slope = wide * slope
+        bend = wide * problem.layout.spread(problem.g + last) * bend
         z = y0 + slope
         z = problem.keep(problem.norm(bend) > NOISE * self.inner_tol, z + bend, z)
         # |dt f| is the residual of y0, nearly; below the tolerance both are good enough.
@@ -142,19 +147,21 @@ class ProxEuler(Method):
         return torch.ones_like(weight) * (change * rate)
 
 
-def _advance(problem: ProximalProblem, state: ProxState, found: InnerResult) -> tuple[Tensor, ProxState]:
-    """Error estimate and the next state.
+def _slopes(layout: Any, y0: Tensor, state: ProxState) -> tuple[Tensor, Tensor]:
+    """dy/dt at ``y0``, and its divided difference over the last two steps (0: none yet).
 
-    The slope at the end is taken from the solved equation, (y1 - y0) / dt: f itself would cost a call and multiply the inner
-    error by the stiffness. The estimate (dt / 2) (f1 - f0) is the leading term of the local error.
+    From the solved equations, (y1 - y0) / dt: f itself would cost a call and multiply the inner error by the stiffness.
     """
-    layout, dt = problem.layout, problem.g
-    change = found.z - problem.a
-    error = 0.5 * (change - problem.wide * state.slope)
-    slope = problem.keep(dt != 0, change * layout.spread(inverse(dt)), state.slope)
-    bend = (slope - state.slope) * layout.spread(inverse(dt + state.dt))
-    bend = problem.keep(state.dt != 0, bend, torch.zeros_like(bend))
-    return error, ProxState(slope, bend, dt, found.memory)
+    (before, earlier), (last, one) = state.past, state.steps
+    slope = layout.merge(last != 0, (y0 - before) * layout.spread(inverse(last)), state.slope)
+    bend = (slope - (before - earlier) * layout.spread(inverse(one))) * layout.spread(inverse(last + one))
+    return slope, layout.merge(one != 0, bend, torch.zeros_like(bend))
+
+
+def _after(layout: Any, y0: Tensor, dt: Any, state: ProxState, memory: Any) -> ProxState:
+    """The state after a step from ``y0``; samples that stood still have the one before."""
+    past, steps = layout.merge(dt != 0, ((y0, state.past[0]), (dt, state.steps[0])), (state.past, state.steps))
+    return ProxState(state.slope, past, steps, memory)
 
 
 # -- fixed steps ------------------------------------------------------------------------------------------------------
