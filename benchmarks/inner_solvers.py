@@ -20,6 +20,8 @@ from .timing import interleaved, one_thread
 __all__ = ["CASES", "Case", "run"]
 
 RTOL, ATOL = 1e-6, 1e-8
+ITERATIONS = 1000
+"""For every solver, Newton's too, which otherwise gives a step up after ten for the next solver to try."""
 RATES = {"fletcher_reeves": ("line_search", "constant")}  # beside the usual one
 
 COLUMNS = [
@@ -82,7 +84,8 @@ def solved(case: Case, inner: str, options: dict[str, Any], fallback: str | None
     with torch.no_grad():
         return solve(
             case.field, case.start, (0.0, case.dt * case.steps), method="prox_euler", num_steps=case.steps, save="steps",
-            inner=inner, fallback=fallback, energy=False, rtol=RTOL, atol=ATOL, throw=False, **more, **options,
+            inner=inner, fallback=fallback, max_iters=ITERATIONS, energy=False, rtol=RTOL, atol=ATOL, throw=False, **more,
+            **options,
         )  # fmt: skip
 
 

@@ -405,7 +405,7 @@ def test_one_sample_fails_for_the_reason_a_joint_solve_fails_for():
     """An implicit step that needs more iterations than it may have; gradients recorded or not."""
     heat = DAMPED[2]
     y0, t = torch.linspace(1, 2, 6, dtype=torch.float64) ** 3, times(0.0, heat.end)
-    settings = {"method": "prox_euler", "num_steps": 3, "max_iters": 2, "inner_tol": 1e-3, "throw": False}
+    settings = {"method": "prox_euler", "num_steps": 3, "max_iters": 2, "inner_tol": 1e-3, "fallback": None, "throw": False}
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             joint = solve(heat.f, y0, t, **settings)
