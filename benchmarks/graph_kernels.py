@@ -89,6 +89,11 @@ def copy_rate() -> float:
     return source.numel() * 4 / min(timing.cpu) / 1e9
 
 
+def rounds(todo: dict[tuple[str, str], Callable[[], Any]], calls: int, *modes: str) -> dict[str, Callable[[], Any]]:
+    """What is to be timed in these modes, by name, `calls` times each."""
+    return {" / ".join(key): in_a_row(run, calls) for key, run in todo.items() if key[1] in modes}
+
+
 def measure(name: str, problem: GraphProblem, graph: Graph, copy: float) -> list[dict[str, Any]]:
     """The lines of one graph."""
     lines = []
@@ -97,13 +102,9 @@ def measure(name: str, problem: GraphProblem, graph: Graph, copy: float) -> list
             continue
         operands = operator.operands(graph, problem.width)
         todo = jobs(operator, graph, operands)
-
-        def rounds(*modes: str, todo: Any = todo) -> dict[str, Callable[[], Any]]:
-            chosen = {key: run for key, run in todo.items() if key[1] in modes}
-            return {" / ".join(key): in_a_row(run, problem.calls) for key, run in chosen.items()}
-
         # The second derivative takes most of the time, and no bar is set for it.
-        timings = interleaved(rounds("forward", "training"), problem.repeats) | interleaved(rounds("double"), 1, warm=False)
+        timings = interleaved(rounds(todo, problem.calls, "forward", "training"), problem.repeats)
+        timings |= interleaved(rounds(todo, problem.calls, "double"), 1, warm=False)
         for implementation in dict.fromkeys(key[0] for key in todo):
             line: dict[str, Any] = {"name": implementation, "operator": operator_name, "graph": name}
             for mode in MODES:

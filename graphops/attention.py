@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import leaky_relu
 
 from . import segment
-from .autograd import fusible, hidden, mean_shares
+from .autograd import averaged, fusible, hidden, mean_shares, squareplus
 from .errors import ArgumentError, unknown_name
 from .graph import Graph
 from .pattern import Segments
@@ -124,13 +124,6 @@ SCORES: dict[str, Score] = {
 }
 
 
-def squareplus(x: Tensor) -> Tensor:
-    """(x + sqrt(x^2 + 4)) / 2 (Barron 2021, eq. 1 with b = 4), without cancellation where x is far below 0."""
-    size = torch.where(x > 0, x, -x)
-    large = (size + (x * x + 4).sqrt()) / 2
-    return torch.where(x > 0, large, 1 / large)
-
-
 NORMALISERS = ("softmax", "squareplus")
 DIRECTIONS = ("incoming", "outgoing")
 REWEIGHTINGS = ("scores", "shares")
@@ -190,11 +183,6 @@ def shares_of(segments: Segments, scores: Tensor, by: str, weight: Tensor | None
     positive = positive if weight is None else positive * weight
     total = segment.sum(segments, positive)
     return (positive / gather(segments, torch.where(total == 0, 1.0, total))).to(scores.dtype)
-
-
-def averaged(shares: Tensor) -> Tensor:
-    """The mean over heads, ``(E, H) -> (E,)``, as a product: a reduction of so short rows takes four times as long."""
-    return torch.mv(shares, shares.new_full((shares.shape[1],), 1 / max(shares.shape[1], 1)))
 
 
 @dataclass(frozen=True)

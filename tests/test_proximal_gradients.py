@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from solvers import ArgumentError, UnsupportedError, solve
+from solvers import ArgumentError, Status, UnsupportedError, solve
 
 D = torch.float64
 SCHEMES = ("prox_euler", "prox_cn", "prox_bdf2", "prox_bdf3", "prox_bdf4", "prox_multistage2", "prox_multistage3")
@@ -34,6 +34,17 @@ def test_gradcheck_on_a_stiff_nonlinear_batch(name, adjoint):
         return solve(stiff, y0, [0.0, 0.3, 0.7], args=(k, w), adjoint=adjoint, **how).y[1:]
 
     assert torch.autograd.gradcheck(run, inputs(), rtol=1e-5, atol=1e-7, fast_mode=True, check_undefined_grad=False)
+
+
+@pytest.mark.parametrize("inner", ["newton", "newton_krylov", "fletcher_reeves"])
+def test_an_iterate_that_was_not_evaluated_is_looked_at_before_it_is_differentiated(inner):
+    """The first correction lands within a tolerance of 10 where f of the second row is not defined."""
+    edge = torch.tensor([[-1.0], [0.5]], dtype=D)
+    y0 = torch.ones(2, 3, dtype=D, requires_grad=True)
+    how = {"method": "prox_euler", "num_steps": 1, "atol": 10.0, "inner_tol": 1.0, "fallback": None, "throw": False}
+    sol = solve(lambda t, y: torch.where(y < edge, torch.nan, -y), y0, [0.0, 2.0], inner=inner, batch_dim=0, **how)
+    assert sol.status.tolist() == [Status.SUCCESS, Status.NON_FINITE]
+    torch.testing.assert_close(torch.autograd.grad(sol.y[-1, 0].sum(), y0)[0][0], torch.full((3,), 1 / 3, dtype=D))
 
 
 # --- through the iterations ------------------------------------------------------------------------------------------

@@ -225,8 +225,8 @@ def guarded(
 def _recorded(
     method: Any, field: Any, place: tuple, base: Tensor, g: Any, problem: ProximalProblem, found: InnerResult, inner: Any
 ) -> tuple[Tensor, InnerResult]:
-    """The solution as a function of everything the step depends on; samples without one stay constants, and one at which f turns
-    out not to be defined (an iterate that nobody had evaluated) is none."""
+    """The solution as a function of everything the step depends on; samples without one stay constants, and an iterate that
+    nobody had evaluated, at which f turns out not to be defined, is none."""
     wide, (t0, dt, node) = field.layout.spread(g), place
 
     def residual(z: Tensor) -> Tensor:
@@ -236,13 +236,17 @@ def _recorded(
     # f and its derivative need not exist at an iterate that failed.
     z = problem.keep(found.converged, found.z, problem.a)
     r = residual(z)
-    sound = found.converged & problem.ops.isfinite(problem.norm(r.detach()))
-    if any_true(found.converged & problem.ops.invert(sound)):
-        found = found._replace(converged=sound, norm=problem.ops.where(found.converged, problem.norm(r.detach()), found.norm))
-        z = problem.keep(sound, z, problem.a)
-        r = residual(z)
+    blind = found.converged & problem.ops.invert(found.evaluated)
+    if any_true(blind):
+        norm = problem.norm(r.detach())
+        lost = blind & problem.ops.invert(problem.ops.isfinite(norm))
+        if any_true(lost):
+            sound = found.converged & problem.ops.invert(lost)
+            found = found._replace(converged=sound, norm=problem.ops.where(lost, norm, found.norm))
+            z = problem.keep(sound, z, problem.a)
+            r = residual(z)
     solved = attach(residual, z, problem, method.backward_tol, inner.direct(problem, z), r)
-    return problem.keep(sound, solved, found.z), found
+    return problem.keep(found.converged, solved, found.z), found
 
 
 def status(problem: ProximalProblem, found: InnerResult) -> Any:

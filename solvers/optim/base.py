@@ -387,12 +387,14 @@ class InnerOptimizer(ABC):
 
 
 class InnerResult(NamedTuple):
-    """z; the error norm of its residual; iterations, int or ``(B,)``; whether it converged, bool or ``(B,)``; memory."""
+    """z; the error norm of its residual; iterations, int or ``(B,)``; whether it converged, and whether its residual was
+    evaluated, not only bounded or carried along, bool or ``(B,)``; memory."""
 
     z: Tensor
     norm: Any
     iterations: Any
     converged: Any
+    evaluated: Any
     memory: Any
 
 
@@ -430,7 +432,7 @@ def minimise(
                 state = optimizer.resume(problem, run.point, out.state, again)
                 continue
         state = out.state
-    return InnerResult(run.z, run.norm, run.iterations, run.done, optimizer.memory(problem, state))
+    return InnerResult(run.z, run.norm, run.iterations, run.done, problem.ops.invert(run.blind), optimizer.memory(problem, state))
 
 
 class _Run:
@@ -448,6 +450,7 @@ class _Run:
         finite = problem.ops.isfinite(self.norm)
         self.running = active & finite
         self.waiting = finite & False
+        self.blind = self.waiting
         self.done = problem.ops.invert(active | self.waiting)
         self.best = self.base = self.norm
         self.iterations: Any = 0 if problem.layout.joint else torch.zeros_like(self.done, dtype=torch.int64)
@@ -506,6 +509,8 @@ class _Run:
         # From a residual that met the tolerance the recurrence has moved by less than the tolerance: no need to look again.
         sure = claim if own or out.point is not None else claim & (self.base <= self.tol)
         self.done = self.done | sure
+        if out.point is None:
+            self.blind = self.blind | sure
         self.waiting = self.waiting | (claim & ops.invert(sure))
         if own:
             self.waiting = self.waiting | (broken & (norm == math.inf))

@@ -93,5 +93,6 @@ def merged(problem: InnerProblem, mask: Any, new: InnerResult, old: InnerResult)
         ops.where(mask, new.norm, old.norm),
         old.iterations + new.iterations,
         ops.where(mask, new.converged, old.converged),
+        ops.where(mask, new.evaluated, old.evaluated),
         old.memory,
     )
