@@ -121,7 +121,7 @@ def test_orders_on_kaps_problem(name, grid):
 
 @pytest.mark.parametrize("name", ["prox_euler", "prox_bdf2"])
 def test_the_global_error_grows_linearly_with_the_inner_tolerance(name):
-    """Xia 2023, section 5.3.2: against the same steps solved all but exactly."""
+    """Xia 2023, section 5.3.2: against the same steps solved all but exactly, up to where their starts are within it."""
     x = torch.arange(32, dtype=D) * (2 * math.pi / 32)
     field = lambda t, y: 40 * (torch.roll(y, 1, -1) - 2 * y + torch.roll(y, -1, -1)) - y**3 + torch.cos(t + x)
 
@@ -130,10 +130,10 @@ def test_the_global_error_grows_linearly_with_the_inner_tolerance(name):
         return solve(field, torch.sin(x), [0.0, 1.0], method=name, max_iters=5000, **how).y[-1]
 
     exact = run(1e-6)
-    tolerances = (1.0, 10.0, 100.0, 1000.0)
+    tolerances = (0.1, 1.0, 10.0, 100.0)
     errors = [float((run(tol) - exact).abs().max()) for tol in tolerances]
     grown = np.polyfit(np.log(tolerances), np.log(errors), 1)[0]
-    assert 0.8 < grown < 1.2 and errors[0] < 40 * 1e-6, errors
+    assert 0.8 < grown < 1.2 and errors[0] < 40 * 1e-7, errors
 
 
 # --- the diffusion of the thesis, and energies -----------------------------------------------------------------------

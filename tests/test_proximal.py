@@ -21,10 +21,11 @@ from solvers import (
 )
 from solvers.field import Field
 from solvers.layout import Layout
+from solvers.methods import solving
 from solvers.methods.proximal import ProxEuler
 from solvers.norms import ErrorNorm
 from solvers.optim import INNER_OPTIMIZERS, ProximalProblem, minimise
-from solvers.optim.linesearch import PowerMemory, spectral_radius
+from solvers.optim.linesearch import STEPS, PowerMemory, spectral_radius
 
 RATES = ["cg", "line_search", "constant"]
 rates = pytest.mark.parametrize("rate", RATES)
@@ -603,6 +604,66 @@ def test_the_residual_that_is_reported_was_evaluated():
     found = minimise(problem, FR, problem.evaluate(y), tol=1.0, max_iters=2000, memory=FR.remember(problem.layout, y))
     assert found.converged
     assert found.norm == problem.norm(problem.evaluate(found.z).r) <= 1
+
+
+def doubted(monkeypatch, f, **how):
+    """|r| / tol evaluated at the end of every step whose own was carried along, and not from within the tolerance."""
+    found, ratios = solving.minimise, []
+
+    def looked(problem, optimizer, start, **options):
+        result = found(problem, optimizer, start, **options)
+        if result.converged and not result.evaluated and problem.norm(start.r) > options["tol"]:
+            calls = problem.calls
+            ratios.append(problem.norm(problem.evaluate(result.z).r) / options["tol"])
+            problem.calls = calls
+        return result
+
+    monkeypatch.setattr(solving, "minimise", looked)
+    y0 = torch.exp(-50 * (torch.linspace(0, 1, 65, dtype=torch.float64)[:-1] - 0.5) ** 2)
+    sol = solve(f, y0, [0.0, 1.0], rtol=1e-5, atol=1e-7, num_steps=400, **how)
+    assert sol.success
+    return ratios
+
+
+def diffused(y):
+    return 200 * (torch.roll(y, 1, -1) - 2 * y + torch.roll(y, -1, -1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", [{}, {"batch_dim": 0}], ids=["joint", "rows"])
+def test_a_carried_residual_is_believed_for_some_steps_after_it_was_seen_to_be_right(how):
+    """Rows: the others have not been seen, were seen too long ago, or were seen to be off."""
+    f, y0, _ = ring()
+    y0, g = (y0.expand(4, -1), torch.full((4,), 0.01, dtype=torch.float64)) if how else (y0, 0.01)
+    problem, y = problem_of(f, y0, g, **how)
+    near = minimise(problem, FR, problem.evaluate(y), tol=1e-3, max_iters=500, memory=FR.remember(problem.layout, y))
+    z = near.z + 1e-7 * torch.sin(torch.arange(64))
+    memory = near.memory
+    if how:
+        age = torch.tensor([0.0, 0.0, STEPS - 1, 0.0], dtype=torch.float64)
+        memory = memory._replace(bend=torch.cat([memory.bend[:1], double(math.inf, 1e-9, 0.1)]), age=age)
+    problem, _ = problem_of(f, y0, g, **how)
+    found = minimise(problem, FR, problem.evaluate(z), tol=1.0, max_iters=500, memory=memory)
+    assert (problem.norm(problem.evaluate(found.z).r) <= torch.ones(4 if how else ())).all()
+    if not how:
+        assert found.evaluated is False and found.memory.age == 1
+        return
+    assert found.evaluated.tolist() == [False, True, True, True]
+    assert found.memory.age.tolist() == [1, 0, 0, 0] and (found.memory.bend < 1e-3).tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("method", ["prox_euler", "prox_cn", "prox_bdf2", "prox_bdf4"])
+def test_a_linear_field_is_not_evaluated_again_at_the_end_of_a_step(monkeypatch, method):
+    ratios = doubted(monkeypatch, lambda t, y: diffused(y), method=method)
+    assert len(ratios) > 30 and max(ratios) < 1 + 1e-6
+
+
+@pytest.mark.parametrize("method", ["prox_euler", "prox_cn", "prox_bdf2", "prox_bdf4"])
+@pytest.mark.parametrize("onset", [lambda y: -5000 * y**3, lambda y: 20 * torch.sin(100 * y)], ids=["cubic", "sine"])
+def test_a_nonlinearity_that_sets_in_on_the_way_is_not_believed_to_be_absent(monkeypatch, method, onset):
+    """A linear field up to t = 0.3, of which the optimiser remembers that its recurrence is right."""
+    ratios = doubted(monkeypatch, lambda t, y: diffused(y) + (onset(y) if t > 0.3 else 0.0), method=method)
+    assert len(ratios) > 10 and max(ratios) < 1 + 1e-6
 
 
 @torch.no_grad()

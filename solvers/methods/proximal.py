@@ -478,8 +478,8 @@ def _cubic(dense: CubicDense, theta: Tensor, derivative: int) -> Tensor:
 
 
 class FixedBDFState(NamedTuple):
-    """past, steps, count: as of :class:`~solvers.methods.bdf.BDFState`. start: state of the method of the first steps.
-    settled: nobody lacks history any more."""
+    """past, steps, count: as of :class:`~solvers.methods.bdf.BDFState`, one state more than the formula has, for the predictor.
+    start: state of the method of the first steps. settled: nobody lacks history any more."""
 
     past: tuple[Tensor, ...]
     steps: tuple[Any, ...]
@@ -531,7 +531,7 @@ class ProxBDF(FixedProximal):
         )  # fmt: skip
 
     def init(self, field: Any, t0: Any, dt: Any, y0: Tensor, f0: Tensor | None) -> FixedBDFState:
-        layout, depth = field.layout, self.order - 1
+        layout, depth = field.layout, self.order
         start, memory = self.starter().init(field, t0, dt, y0, f0), remembered(self, layout, y0)
         if layout.joint:
             return FixedBDFState((), (), 0, start, memory)
@@ -547,7 +547,7 @@ class ProxBDF(FixedProximal):
             out = self._formula(field, t0, dt, y0, state, active)
         else:
             out = self._both(field, t0, dt, y0, state, active, starting)
-        depth, count = self.order - 1, state.count
+        depth, count = self.order, state.count
         count = min(count + 1, depth) if isinstance(count, int) else (count + 1).clamp(max=depth)
         start, memory = out.state
         after = FixedBDFState((y0, *state.past)[:depth], (dt, *state.steps)[:depth], count, start, memory, settled)
@@ -570,23 +570,25 @@ class ProxBDF(FixedProximal):
         return out._replace(dense=dense, state=(out.state, state.memory))
 
     def _formula(self, field: Any, t0: Any, dt: Any, y0: Tensor, state: FixedBDFState, active: Any) -> StepOut:
-        layout, size = field.layout, number(dt)
+        layout, size, depth = field.layout, number(dt), self.order - 1
+        past, between = state.past[:depth], state.steps[:depth]
 
         def live() -> tuple[Tensor, Any]:
-            weights, g = variable_coefficients(distances(dt, state.steps), dt)
-            return combined(layout, weights, (y0, *state.past)), g
+            weights, g = variable_coefficients(distances(dt, between), dt)
+            return combined(layout, weights, (y0, *past)), g
 
         with quiet(self):
-            steps = tuple(number(x) for x in state.steps)
-            s = distances(size, steps)
-            weights, g = variable_coefficients(s, size)
             states = tuple(held(self, x) for x in (y0, *state.past))
+            weights, g = variable_coefficients(distances(size, tuple(number(x) for x in between)), size)
             base = combined(layout, weights, states)
-            terms = [combined(layout, part, states) for part in increments(s)]
+            steps = tuple(number(x) for x in state.steps)
+            terms = [combined(layout, part, states) for part in increments(distances(size, steps))]
+            if isinstance(state.count, Tensor):
+                terms[-1] = torch.where(layout.spread(state.count > depth), terms[-1], 0.0)
             scale = field.norm.scale(states[0].detach())
         start = lambda problem, evaluate: self._predict(problem, evaluate, states[0], terms)
         done = solve_stage(self, field, t0, dt, base, g, start, live, state.memory, active, scale)
-        dense = FixedBDFDense(layout, dt, done.z, y0, state.past, state.steps, None, False)
+        dense = FixedBDFDense(layout, dt, done.z, y0, past, between, None, False)
         after, found = (state.start, done.found.memory), done.found
         return StepOut(done.z, None, dense, after, done.calls, done.status, found.iterations, done.problem.algebra)
 

@@ -307,7 +307,8 @@ class InnerStep(NamedTuple):
     ``point`` is set where the residual was evaluated, None where it was carried along by a recurrence. A sample that could
     not make its step has a residual that is not finite. error: where the optimiser bounds the error that is left in z
     better than |r| does, that bound, in the error norm (then r may be that of the iterate before); infinite: the step
-    failed, and ``resume`` may do better; NaN: it failed, and nothing helps.
+    failed, and ``resume`` may do better; NaN: it failed, and nothing helps. doubt: called where a residual was carried along,
+    what it may be off by, in the error norm; None: nobody can say.
     """
 
     z: Tensor
@@ -315,6 +316,7 @@ class InnerStep(NamedTuple):
     state: Any
     point: Point | None = None
     error: Any = None
+    doubt: Callable[[], Any] | None = None
 
 
 class InnerOptimizer(ABC):
@@ -378,6 +380,10 @@ class InnerOptimizer(ABC):
         """(b, transposed) -> x with M x = b or M^T x = b, nearly, M the derivative of the residual at ``z``; None: unknown."""
         return None
 
+    def checked(self, problem: InnerProblem, point: Point, carried: Tensor, state: Any, who: Any) -> Any:
+        """State now that the residual ``carried`` along to the current iterate was evaluated there, for ``who``."""
+        return state
+
     @abstractmethod
     def resume(self, problem: InnerProblem, point: Point, state: Any, again: Any) -> Any:
         """State to go on from ``point``, the current iterate with its residual evaluated.
@@ -411,9 +417,10 @@ def minimise(
     """Iterate from ``start`` until |r| <= ``tol`` in the error norm. Call under ``no_grad``.
 
     At least one iteration is made, since a start that passes the test at every step would let the solution drift; unless
-    the residual is at rounding already. A residual that was carried by a recurrence is evaluated before it is believed.
-    Samples stop one by one; one that claims to be done waits, untouched, until all that run have claimed or are due for a
-    fresh residual, and one evaluation then serves them all. So what a sample does never depends on its neighbours.
+    the residual is at rounding already. A residual that was carried by a recurrence is evaluated before it is believed, unless
+    the optimiser bounds what it is off by. Samples stop one by one; one that claims to be done waits, untouched, until all
+    that run have claimed or are due for a fresh residual, and one evaluation then serves them all. So what a sample does
+    never depends on its neighbours.
 
     Args:
         tol: in units of the tolerance. max_iters: per sample. active: True or the ``(B,)`` mask of samples to be solved.
@@ -427,10 +434,10 @@ def minimise(
         out = optimizer.step(problem, run.z, run.r, state, run.running)
         run.judge(out, optimizer.curvature(out.state), max_iters)
         if run.age >= optimizer.refresh or not any_true(run.running):
-            again = run.close(max_iters)
+            state, again = run.close(optimizer, out.state, max_iters)
             if any_true(run.running):
-                state = optimizer.resume(problem, run.point, out.state, again)
-                continue
+                state = optimizer.resume(problem, run.point, state, again)
+            continue
         state = out.state
     return InnerResult(run.z, run.norm, run.iterations, run.done, problem.ops.invert(run.blind), optimizer.memory(problem, state))
 
@@ -506,8 +513,12 @@ class _Run:
         claim = moved & (norm <= self.hoped())
         if own or out.point is not None:
             claim = self.reached(norm, claim, out.point)
-        # From a residual that met the tolerance the recurrence has moved by less than the tolerance: no need to look again.
-        sure = claim if own or out.point is not None else claim & (self.base <= self.tol)
+        sure = claim
+        if not own and out.point is None:
+            # From a residual that met the tolerance the recurrence has moved by less than the tolerance: no need to look again.
+            sure = claim & (self.base <= self.tol)
+            if out.doubt is not None and any_true(claim & ops.invert(sure)):
+                sure = sure | claim & (norm + out.doubt() <= self.tol)
         self.done = self.done | sure
         if out.point is None:
             self.blind = self.blind | sure
@@ -523,16 +534,19 @@ class _Run:
         self.point = out.point or self.point
         self.age += 1
 
-    def close(self, max_iters: int) -> Any:
-        """End the round: evaluate the residual of whoever waits or runs. Returns the samples that have to start afresh."""
+    def close(self, optimizer: InnerOptimizer, state: Any, max_iters: int) -> tuple[Any, Any]:
+        """End the round: evaluate the residual of whoever waits or runs. The state of ``optimizer``, who has seen that, and the
+        samples that have to start afresh."""
         problem, ops = self.problem, self.problem.ops
         alive, again = self.running | self.waiting, self.waiting
         self.age, self.waiting = 0, self.waiting & False
         if not any_true(alive):
-            return again
+            return state, again
         if not self.exact:
-            point, cut = problem.shorten(self.point, problem.evaluate(self.z), alive)
-            self.point, again = point, again | cut
+            point = problem.evaluate(self.z)
+            state = optimizer.checked(problem, point, self.r, state, alive)
+            self.point, cut = problem.shorten(self.point, point, alive)
+            again = again | cut
         elif any_true(again):
             self.point = problem.evaluate(self.z)
         self.z, self.r = self.point.z, self.point.r
@@ -544,7 +558,7 @@ class _Run:
         self.base = norm
         fit = ops.isfinite(norm) & (self.stale < STALLED) & (self.iterations < max_iters)
         self.running = alive & ops.invert(self.done) & fit
-        return again
+        return state, again
 
 
 def any_true(mask: Any) -> bool:
