@@ -76,6 +76,16 @@ def flat(values: Tensor) -> Tensor:
     return values.reshape(values.shape[0], math.prod(values.shape[1:]))
 
 
+def on_loops(graph: Graph, entries: Tensor) -> Tensor:
+    """Sum of ``entries`` ``(E,)`` on the loops of each node, ``(n,)``: the diagonal of the matrix they are of."""
+    return segment.sum(graph.incoming, torch.where(graph.source == graph.target, widened(entries), 0.0))
+
+
+def spread(diagonal: Tensor, y: Tensor) -> Tensor:
+    """The diagonal ``(n,)`` of a matrix that acts on every feature of ``y`` ``(n, ...)``, like ``y``."""
+    return column(diagonal, y).to(y.dtype).expand_as(y)
+
+
 def gradient(graph: Graph, x: Tensor) -> Tensor:
     """x_j - x_i at each edge from j to i: ``(n, ...) -> (E, ...)``."""
     check_nodes(graph, x, "gradient")
@@ -220,6 +230,10 @@ class GraphOperator:
 
     def __call__(self, t: Any, y: Tensor) -> Tensor:
         return self.matvec(y)
+
+    def jacobian_diagonal(self, t: Any, y: Tensor) -> Tensor:
+        """A_ii at every node, like ``y``: what stands on its loops; no product."""
+        return spread(on_loops(self.graph, self.entries), y)
 
     def __mul__(self, factor: float | Tensor) -> GraphOperator:
         if isinstance(factor, Tensor) and factor.dim():
@@ -375,6 +389,11 @@ class Diffusion:
 
     rmatvec = matvec
 
+    def jacobian_diagonal(self, t: Any, y: Tensor) -> Tensor:
+        """Minus the conductances at every node, like ``y``."""
+        into, out = (segment.sum(ends, self.conductance) for ends in (self.pairs.incoming, self.pairs.outgoing))
+        return spread(-(into + out), y)
+
     def __call__(self, t: Any, y: Tensor) -> Tensor:
         return self.matvec(y)
 
@@ -466,6 +485,10 @@ class Dirichlet(Energy):
 
     def diffusivity(self, squares: Tensor) -> Tensor:
         return torch.ones_like(squares)
+
+    def jacobian_diagonal(self, t: Any, y: Tensor) -> Tensor:
+        """-L_ii at every node, like ``y``."""
+        return self.operator(t, y).jacobian_diagonal(t, y)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import segment
 from .attention import SCORES, Attention, averaged, normalise
 from .autograd import hidden
-from .calculus import check_nodes, check_square
+from .calculus import check_nodes, check_square, on_loops, spread
 from .errors import ArgumentError, ArgumentTypeError, unknown_name
 from .graph import Graph
 from .pattern import Segments
@@ -207,8 +207,8 @@ class LinearDiffusion:
     tensor that is 0-dim or has one entry a feature. ``source``: b, like the state, or None. All may require gradients.
 
     Where every node has one loop the identity stands on the loops, and one sparse product does it all. As `solve` asks of a
-    linear field: ``matvec``, ``rmatvec``, ``source``, ``spectral_bound()`` and ``rate``. States keep their dtype; edges that are
-    not sorted by target are kept sorted, in ``graph`` and ``weight``.
+    linear field: ``matvec``, ``rmatvec``, ``source``, ``spectral_bound()``, ``rate`` and ``jacobian_diagonal``. States keep their
+    dtype; edges that are not sorted by target are kept sorted, in ``graph`` and ``weight``.
 
     Raises ``ArgumentError`` for weights or an ``alpha`` of another shape.
     """
@@ -271,6 +271,11 @@ class LinearDiffusion:
     def __call__(self, t: Any, x: Tensor) -> Tensor:
         moved = self.matvec(x)
         return moved if self.source is None else moved + self.source
+
+    def jacobian_diagonal(self, t: Any, x: Tensor) -> Tensor:
+        """alpha (A_ii - 1) at every node, like ``x``; no product."""
+        loops = spread(on_loops(self.graph, self._entries), x)
+        return loops if self._folded else (self.alpha * (loops - 1)).to(x.dtype)
 
     @cached_property
     def _largest_alpha(self) -> float:

@@ -160,6 +160,7 @@ def test_operators_are_the_functions(graph, kind):
     torch.testing.assert_close(operator.rmatvec(x), matrix.T @ x)
     torch.testing.assert_close((-operator)(0.0, x), -matrix @ x)
     torch.testing.assert_close((0.3 * operator).matvec(x), 0.3 * matrix @ x)
+    torch.testing.assert_close((-0.3 * operator).jacobian_diagonal(0.0, x), -0.3 * matrix.diag().unsqueeze(1).expand_as(x))
     eigenvalues = torch.linalg.eigvals(matrix)
     assert eigenvalues.real.min() > -1e-12
     largest = eigenvalues.abs().max().item()
@@ -192,6 +193,17 @@ def test_laplacians_are_those_of_scipy(normed):
     np.testing.assert_allclose(found.toarray(), expected.toarray(), atol=1e-14)
 
 
+@given(graphs(), st.booleans())
+def test_linear_energies_and_frozen_diffusions_know_the_diagonals_of_their_jacobians(graph, isotropic):
+    x = at_nodes(graph)
+    energy = go.Dirichlet(graph, isotropic=isotropic)
+    jacobian = torch.autograd.functional.jacobian(lambda y: energy(0.0, y), x)
+    torch.testing.assert_close(energy.jacobian_diagonal(0.0, x), jacobian.diag())
+    frozen = go.TotalVariation(graph, 0.3, isotropic=isotropic).operator(0.0, x)
+    jacobian = torch.autograd.functional.jacobian(frozen.matvec, x)
+    torch.testing.assert_close(frozen.jacobian_diagonal(0.0, x.float()), jacobian.diag().float())
+
+
 def test_bounds_are_sharp_where_theory_says_so():
     leaves = torch.arange(1, 9)
     star = go.Graph(torch.stack([torch.zeros_like(leaves), leaves])).to_undirected()
@@ -214,6 +226,7 @@ def test_an_operator_of_ones_own_entries():
     loops = graph.source == graph.target
     staying = go.sum(graph, torch.where(loops, shares, 0.0))
     assert diffusion.rate == pytest.approx(1 - staying.min().item())
+    torch.testing.assert_close(diffusion.jacobian_diagonal(0.0, x[:, 0]), staying - 1)  # two loops a node
     assert diffusion.spectral_bound() <= 2 and not diffusion.symmetric
     rate = torch.tensor(0.5, dtype=DOUBLE, requires_grad=True)
     assert (rate * diffusion).spectral_bound() == diffusion.spectral_bound() / 2

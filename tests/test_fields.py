@@ -73,6 +73,8 @@ def test_linear_diffusion_is_its_dense_matrix(loops, alpha):
     assert isinstance(field, LinearField)
     radius = max(torch.linalg.eigvals(float(k) * L).abs().max() for k in torch.as_tensor(a).reshape(-1))
     assert field.spectral_bound() >= radius
+    torch.testing.assert_close(field.jacobian_diagonal(0.0, x), a * L.diag().unsqueeze(1) * torch.ones(7, 3, dtype=DOUBLE))
+    assert field.jacobian_diagonal(0.0, x.float()).dtype == torch.float32
 
 
 def test_rate_says_when_uniformisation_is_allowed():

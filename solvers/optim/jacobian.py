@@ -175,6 +175,17 @@ def coloured(problem: StageProblem, pattern: Pattern, t: Tensor, y: Tensor) -> A
     return matrix
 
 
+def known_diagonal(problem: StageProblem, t: Tensor, y: Tensor) -> Tensor | None:
+    """The diagonal of J by f's own method ``jacobian_diagonal``, like ``y``; None where f has none.
+
+    Raises ``ArgumentError`` / ``ArgumentTypeError`` for a value that is not like the state.
+    """
+    own, layout = getattr(problem.field.func, "jacobian_diagonal", None), problem.layout
+    if own is None:
+        return None
+    return layout.flatten(own(t, layout.unflatten(y), *problem.field.args), "the value returned by jacobian_diagonal").detach()
+
+
 def diagonal(problem: StageProblem, t: Tensor, y: Tensor, probes: int) -> Tensor:
     """About the diagonal of J, like ``y``: the mean of s * (J s) over vectors s of random signs (Hutchinson 1989; Bekas,
     Kokiopoulou & Saad 2007, Appl. Numer. Math. 57), one forward difference each, and one call for f itself. The signs are

@@ -79,9 +79,10 @@ class NewtonKrylov(InnerOptimizer):
     Args:
         krylov: "minres", "gmres", or "auto", which tests with two products whether J is symmetric, and goes over to GMRES
             for good where MINRES breaks down or gains nothing.
-        precond: nearly the inverse of I - g J, for GMRES: a callable ``(t, y, g, v)``, g the scaled step; "jacobi", the
-            diagonal of J by random probes (exact with ``jac_sparsity``): for graphs with hubs and other J of uneven rows;
-            "ilu", an incomplete LU of J by ``jac_sparsity``, joint mode. A diagonal, or J, serves 50 systems.
+        precond: nearly the inverse of I - g J, for GMRES: a callable ``(t, y, g, v)``, g the scaled step; "jacobi", by the
+            diagonal of J: for graphs with hubs and other J of uneven rows; "ilu", an incomplete LU of J by ``jac_sparsity``,
+            joint mode. The diagonal is what a method ``jacobian_diagonal(t, y, *args)`` of f returns, a tree like the state,
+            or else found by 40 random probes (exactly with ``jac_sparsity``); one that was found, or J, serves 50 systems.
         jac_sparsity: a scipy matrix or an array, 0 where the Jacobian always is, ``(N, N)``; joint mode.
         restart: vectors of GMRES before it starts again. krylov_iters: products for one linear system (None: 2000 by
             MINRES, whose count grows with the root of g rho, 500 by GMRES).

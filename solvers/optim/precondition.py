@@ -25,10 +25,11 @@ DROP = 1e-4
 
 
 class Preconditioner:
-    """v -> nearly M^-1 v, from a diagonal or an incomplete factorisation of J that is kept for some systems.
+    """v -> nearly M^-1 v, from a diagonal of J, or one or an incomplete factorisation that is kept for some systems.
 
     ``kind``: "jacobi", "ilu", or a callable ``(t, y, g, v)`` on the user's state, g a float or ``(B,)``, for M = I - g J at
-    (t, y). ``sparsity``: pattern of J, for "ilu" and for an exact diagonal. Of coupled stages each is served by itself.
+    (t, y). ``sparsity``: pattern of J, for "ilu" and for an exact diagonal. The diagonal that f itself knows costs no call and
+    is taken anew for every system. Of coupled stages each is served by itself.
     """
 
     def __init__(self, kind: Any, sparsity: Any) -> None:
@@ -52,13 +53,14 @@ class Preconditioner:
             found = self.kind
             state = layout.unflatten(y)
             return lambda v: layout.flatten(found(t, state, g, layout.unflatten(v)), "the value returned by precond")
+        own = jacobian.known_diagonal(problem, t, y) if self.kind == "jacobi" else None
+        if own is not None:
+            return _scaled(layout, g, own)
         if self.known is None or self.age >= AGE * len(problem.times):
             self.age, self.known, self.factors = 0, self._taken(problem, t, y), []
         self.age += 1
         if self.kind == "jacobi":
-            # Where J grows, M may be singular: leave that to the iteration.
-            weight = 1.0 / (1.0 - layout.spread(g) * self.known).clamp(min=1.0)
-            return lambda v: weight * v
+            return _scaled(layout, g, self.known)
         factor = self._factor(g)
         return lambda v: torch.from_numpy(factor.solve(v.cpu().numpy().astype(np.float64))).to(v)
 
@@ -76,6 +78,12 @@ class Preconditioner:
         whole = (scipy.sparse.identity(self.known.shape[0], format="csc") - g * self.known).tocsc()
         self.factors = [*self.factors[1 - FACTORS :], (g, scipy.sparse.linalg.spilu(whole, drop_tol=DROP))]
         return self.factors[-1][1]
+
+
+def _scaled(layout: Any, g: Any, diagonal: Tensor) -> Callable[[Tensor], Tensor]:
+    """v -> v / (1 - g J_ii). Where J grows, M may be singular: that is left to the iteration."""
+    weight = 1.0 / (1.0 - layout.spread(g) * diagonal).clamp(min=1.0)
+    return lambda v: weight * v
 
 
 def check(kind: Any, sparsity: Any) -> None:
