@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import citation_training, published
+from benchmarks import citation_training, grand_pp, published
 from benchmarks.citation_models import GRAND, LAYERED, Recipe, grand_model, layered
 from benchmarks.citation_training import Job, Ledger, prepared, split_for, trained
 from benchmarks.graph_problems import DATA
-from benchmarks.registry import BenchmarkError, discover
+from benchmarks.registry import BENCHMARKS, BenchmarkError, Settings, discover
 from graphops.message import GATConv, GCNConv, SAGEConv
 
 discover()
@@ -93,6 +93,19 @@ def test_grand_pp_pairs_splits_and_tells_failures_of_the_thesis(run):
     assert lines["T = 18.29, 5"]["verdict"] in ("met", "SHORT")
     seeds = [(line["model"], line["seed"]) for line in record["tables"][1]["rows"] if line["cell"] == "T = 1, 20"]
     assert seeds == [("grand-l", 0), ("grand-l", 1), ("grand++-l", 0), ("grand++-l", 1)]
+
+
+def test_grand_pp_fills_the_cells_where_the_solver_of_the_thesis_failed():
+    common = {option.name: option.default for option in BENCHMARKS["grand-pp"].options}
+    failed = {}
+    for variant, dataset in (("l", "citeseer"), ("nl", "cora"), ("nl-rw", "citeseer")):
+        settings = Settings(options={**common, "variant": variant, "dataset": dataset})
+        cells = grand_pp.cells_of(settings)
+        failed[variant] = [cell.time for cell in cells if grand_pp.printed(variant, dataset, cell, True) == "failed"]
+        methods = [grand_pp.jobs_of(settings, cell, "x0")[0].options["method"] for cell in cells]
+        stiff = [cell.time for cell, method in zip(cells, methods) if method == "rkc2"]
+        assert stiff == ([] if variant == "l" else [128.0, 256.0])
+    assert failed == {"l": [128.0, 256.0], "nl": [64.0, 128.0, 256.0], "nl-rw": [256.0]}
 
 
 @pytest.mark.parametrize("source", ["degree", "printed"])
