@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import citation_training, grand_pp, published
+from benchmarks import citation_training, grand, grand_pp, published
 from benchmarks.citation_models import GRAND, LAYERED, Recipe, grand_model, layered
 from benchmarks.citation_training import Job, Ledger, prepared, split_for, trained
 from benchmarks.graph_problems import DATA
@@ -82,6 +82,18 @@ def test_grand_lists_every_seed_beside_what_is_printed(run, variant):
         assert line["mean"] == pytest.approx(np.mean(own), abs=0.006)
         assert line["difference"] == pytest.approx(line["mean"] - published.PLANETOID[line["model"]]["cora"][0], abs=0.006)
     assert record["data"]["recipes"][f"grand-{variant}"]["recipe"]["time"] == GRAND["cora"].time
+
+
+def test_the_time_of_a_whole_graph_is_that_chosen_by_validation():
+    common = {option.name: option.default for option in BENCHMARKS["grand"].options}
+
+    def time(**options):
+        return grand.jobs_of(Settings(options={**common, "norm": "col", **options}), "grand-l")[0].recipe.time
+
+    assert time(dataset="citeseer") == GRAND["citeseer"].time
+    assert time(dataset="citeseer", graph="full") == 16.0
+    assert time(dataset="citeseer", graph="full", time=2.0) == time(time=2.0) == 2.0
+    assert time(dataset="cora", graph="full") == GRAND["cora"].time
 
 
 def test_grand_pp_pairs_splits_and_tells_failures_of_the_thesis(run):
@@ -223,6 +235,7 @@ def test_absent_data_end_with_2_and_say_which_file_is_missing(tmp_path, monkeypa
         (["grand", "--variant", "nlrw"], "did you mean 'nl-rw'"),
         (["grand", "--models", "gcm"], "did you mean 'gcn'"),
         (["grand", "--seeds", "0"], "1 or more"),
+        (["grand", "--time", "-1"], "above 0"),
         (["grand", "--device", "cuda"], "cuda" if torch.cuda.is_available() else "CUDA"),
         (["grand-pp", "--times", "4,-1"], "above 0"),
         (["grand-pp", "--labels", "0"], "1 or more"),

@@ -136,15 +136,18 @@ def test_training_through_implicit_steps_lowers_the_loss():
 
 
 def test_the_work_of_proximal_methods_is_told_beside_that_of_others():
-    def row(solver, gradient, forward, backward, ended="done"):
-        return {"solver": solver, "gradient": gradient, "forward": forward, "backward": backward, "seconds": 0.5, "ended": ended}
+    def row(solver, gradient, forward, backward, ended="done", seconds=0.5):
+        work = {"forward": forward, "backward": backward, "seconds": seconds}
+        return {"solver": solver, "gradient": gradient, **work, "ended": ended}
 
-    rows = [row("dopri5", "backsolve", 60, 140, "epoch 4: MaxStepsError"), row("dopri5", "discrete", 60, 58)]
+    rows = [row("dopri5", "backsolve", 60, 140, "epoch 4: MaxStepsError"), row("dopri5", "discrete", 60, 58, seconds=2.0)]
     rows += [row("AM4, PECE", "discrete", 32, 32), row("prox_cn, x", "implicit", 40, 50)]
-    rows.append({"solver": "prox_bdf2, x", "gradient": "implicit", "ended": "epoch 1: InnerSolverError"})
-    (line,) = grand_training.findings(rows)
+    rows.append({"solver": "prox_bdf2, x", "gradient": "implicit", "forward": 40, "ended": "epoch 1: InnerSolverError"})
+    _, line = grand_training.findings(rows)
     assert line.startswith("prox_cn, x: 90 evaluations, 0.5 s an epoch; ") and "AM4" not in line
-    assert "dopri5 (backsolve, ended at epoch 4: MaxStepsError) 200" in line and "dopri5 (discrete) 118" in line
+    assert "0.45 / 1.00 of dopri5 (backsolve, ended at epoch 4: MaxStepsError)" in line
+    assert "0.76 / 0.25 of dopri5 (discrete)" in line
+    assert grand_training.findings(rows[:3]) == []
 
 
 def test_a_solver_that_fails_ends_its_training_and_says_so():
