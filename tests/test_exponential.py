@@ -91,6 +91,19 @@ def test_one_step_to_the_end_whatever_its_length_and_outputs_for_nothing(way, to
             torch.testing.assert_close(sol.dense(time, derivative=2), A @ slope, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("tol", [1e-3, 1e-6, 1e-9])
+@pytest.mark.parametrize("t", [0.3, 2.0, 9.0])
+@pytest.mark.parametrize("walk", ["dense", "two steps", "cycle"])
+def test_terms_whose_norm_is_not_looked_at_cost_no_product(walk, t, tol):
+    """A joint state looks at few norms, a batch at all of them; of walks that mix at once, in turns, and slowly."""
+    raw = {"dense": torch.rand(40, 40), "two steps": torch.eye(40).roll(20, 0) + 1e-3, "cycle": torch.eye(40).roll(1, 0)}[walk]
+    f, y0 = Linear(generator(raw.double()), rate=3.0), torch.randn(40, dtype=DOUBLE)
+    joint = solve(f, y0, [0.0, t], method="exp_linear", rtol=tol, atol=1e-2 * tol)
+    batch = solve(f, y0[None], [0.0, t], method="exp_linear", rtol=tol, atol=1e-2 * tol, batch_dim=0)
+    torch.testing.assert_close(joint.y[-1], batch.y[-1, 0], rtol=tol, atol=tol)
+    assert batch.stats.nfe <= joint.stats.nfe <= batch.stats.nfe + 1
+
+
 @EACH_WAY
 def test_samples_of_all_scales_and_both_directions(way):
     """Each with its own times; a frozen one stays where it is; none changes what another gives beyond the tolerance."""

@@ -50,13 +50,13 @@ class KrylovSpace:
         w = product(self.vectors[-1])
         if w.requires_grad:
             self.images.append(w)
-        w, first, fresh = w.detach(), max(0, len(self) - 1) if self.symmetric else 0, False
+        w, first, own = w.detach(), max(0, len(self) - 1) if self.symmetric else 0, None
         column: list[Tensor] = []
         for v in self.vectors[first:]:
             h = self._dot(v, w)
             column.append(h)
-            w = torch.addcmul(w, v, self._wide(-h), out=w if fresh else None)
-            fresh = True
+            # Not into what the user's function returned, but into one state from then on: fresh memory costs more than the sum.
+            w = own = torch.addcmul(w, v, self._wide(-h), out=own)
         column = [torch.zeros_like(column[0])] * first + column
         after = self._length(w)
         # Of orthogonal parts: saves a pass over the state.
@@ -71,7 +71,7 @@ class KrylovSpace:
             self.skew = torch.maximum(self.skew, mismatch.to(self.skew.dtype))
         column.append(after.to(column[-1].dtype))
         self.columns.append(column)
-        self.vectors.append(self._unit(w, after))
+        self.vectors.append(self._unit(w, after, out=w))
 
     def matrix(self, used: Any = None) -> Tensor:
         """H ``(m + 1, m + 1)`` or ``(B, m + 1, m + 1)``; ``used``: columns that count, int or ``(B,)``."""
@@ -92,8 +92,8 @@ class KrylovSpace:
             return torch.linalg.vector_norm(x).to(torch.float64)
         return self.layout.sum(x.abs().square() if x.is_complex() else x.square()).to(torch.float64).sqrt()
 
-    def _unit(self, x: Tensor, length: Tensor) -> Tensor:
-        return x * self._wide(torch.where(length > 0, 1 / length, 0.0))
+    def _unit(self, x: Tensor, length: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.mul(x, self._wide(torch.where(length > 0, 1 / length, 0.0)), out=out)
 
     def _wide(self, c: Tensor) -> Tensor:
         dtype = self.layout.dtype if c.is_complex() else self.layout.real_dtype
