@@ -54,9 +54,10 @@ def draw_main_job(result: Result, path: Path) -> None:
 
 
 def show_states(before: Any, after: Any, problem: Any, solutions: dict[str, Any]) -> None:
-    """The start and the end: of a proximal solve where one finished, else of the first that did."""
+    """The start and the end: of the proximal solve of least error among those that finished, else of the first that did."""
     finished = {name: y for name, y in solutions.items() if y is not None}
-    chosen = next((name for name in reversed(finished) if name.startswith("prox")), next(iter(finished), None))
+    errors = {name: problem.error(y) or math.inf for name, y in finished.items() if name.startswith("prox")}
+    chosen = min(errors, key=lambda name: errors[name], default=next(iter(finished), None))
     paint = {"line": paint_line, "terrain": paint_terrain, "terrain-full": paint_terrain}.get(problem.name, paint_grey)
     paint(before, [problem.y0.cpu().numpy()], problem)
     before.set_title(f"{problem.title}: before", fontsize=9)
