@@ -331,7 +331,7 @@ BENCHMARKS.add(
     Benchmark(
         "grand-solvers",
         "solvers on graph diffusion: evaluations, error and its parts, the thesis' claims; training",
-        "25 min (--train 50: 40 min)",
+        "25 min (--train 50: 15 min on Cora, an hour on CS-like)",
         "30 s",
         run,
         draw,
