@@ -272,9 +272,10 @@ class Bar:
         self.bar.update(self.task, completed=self.planned)
         labels = f"{job.per_class} labels, " if job.split == "random" else ""
         time = "" if job.recipe.time is None else f"T = {job.recipe.time:g}, "
+        source = f"source {job.options['source'] or 'none'}, " if "source" in job.options else ""
         result = f"test {run.test_accuracy:.2f} % at epoch {run.epoch} of {run.epochs}, {run.cpu_seconds:.1f} s CPU"
         self.bar.console.print(
-            f"{job.dataset} {job.model}, {time}{labels}seed {job.seed}: {result if run.status == 'done' else run.status}",
+            f"{job.dataset} {job.model}, {time}{source}{labels}seed {job.seed}: {result if run.status == 'done' else run.status}",
             highlight=False,
             soft_wrap=True,
         )
