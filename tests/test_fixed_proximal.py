@@ -136,6 +136,14 @@ def test_the_global_error_grows_linearly_with_the_inner_tolerance(name):
     assert 0.8 < grown < 1.2 and errors[0] < 40 * 1e-7, errors
 
 
+def test_a_root_beside_the_extrapolated_start_is_taken_though_the_jacobian_is_not_normal():
+    """On the slow manifold of Kaps' problem <w, M w> < 0 for the corrections w of good starts; conjugate gradients fail there."""
+    exact = torch.tensor([math.exp(-2), math.exp(-1)], dtype=D)
+    how = {"num_steps": 80, "rtol": 1e-6, "atol": 1e-9, "inner_tol": 1e-6, "fallback": "newton_krylov"}
+    sol = solve(kaps, torch.ones(2, dtype=D), [0.0, 1.0], method="prox_bdf2", **how)
+    assert float((sol.y[-1] - exact).abs().max()) < 1e-4 and "newton_krylov" in sol.stats.inner
+
+
 # --- the diffusion of the thesis, and energies -----------------------------------------------------------------------
 
 

@@ -24,6 +24,9 @@ three solved steps by about that much."""
 
 SHARE = 0.3
 """The same of a BDF's predictor, for its term of degree 2; twice as much for each degree more."""
+DRIFT = 3.0
+"""A BDF of fixed order solves to this part of the inner tolerance: from starts as good as its own, what iterations leave is
+smooth and of one sign from step to step, so that its effects add up."""
 
 
 class ProxState(NamedTuple):
@@ -509,8 +512,9 @@ class ProxBDF(FixedProximal):
     steps and given grids keep the order; on equal steps, with F/2: |z - y0|**2 - |z - y_{-1}|**2 / 4 and so on (Xia 2023,
     section 5.1; the formula of order 4 with y_{n-3} in its last term).
 
-    The first steps are those of ``prox_multistage`` of one order less, whose error a start can bear. Dense output is
-    the polynomial of the formula.
+    The first steps are those of ``prox_multistage`` of one order less, whose error a start can bear. Later ones start from the
+    polynomial through one state more than the formula has, and are solved to a third of ``inner_tol``. Dense output is the
+    polynomial of the formula.
     """
 
     order: int = 2
@@ -586,19 +590,20 @@ class ProxBDF(FixedProximal):
             if isinstance(state.count, Tensor):
                 terms[-1] = torch.where(layout.spread(state.count > depth), terms[-1], 0.0)
             scale = field.norm.scale(states[0].detach())
-        start = lambda problem, evaluate: self._predict(problem, evaluate, states[0], terms)
-        done = solve_stage(self, field, t0, dt, base, g, start, live, state.memory, active, scale)
+        tol = self.inner_tol / DRIFT
+        start = lambda problem, evaluate: self._predict(problem, evaluate, states[0], terms, tol)
+        done = solve_stage(self, field, t0, dt, base, g, start, live, state.memory, active, scale, tol=tol)
         dense = FixedBDFDense(layout, dt, done.z, y0, past, between, None, False)
         after, found = (state.start, done.found.memory), done.found
         return StepOut(done.z, None, dense, after, done.calls, done.status, found.iterations, done.problem.algebra)
 
-    def _predict(self, problem: ProximalProblem, evaluate: Any, y0: Tensor, terms: list[Tensor]) -> Point:
+    def _predict(self, problem: ProximalProblem, evaluate: Any, y0: Tensor, terms: list[Tensor], tol: float) -> Point:
         """Extrapolation of the past, without the terms of higher degree that are noise of the inner solver."""
         z = y0 + terms[0]
         for degree, term in enumerate(terms[1:], 2):
-            limit = SHARE * 2.0 ** (degree - 2) * self.inner_tol
+            limit = SHARE * 2.0 ** (degree - 2) * tol
             z = problem.keep(problem.norm(term) > limit, z + term, z)
-        return guarded(problem, evaluate, z, y0, z - y0, self.inner_tol)
+        return guarded(problem, evaluate, z, y0, z - y0, tol)
 
     def _both(self, field, t0, dt, y0, state, active, starting) -> StepOut:
         """The start for the samples in ``starting``, and the formula for the others, who stand still for it."""

@@ -35,6 +35,10 @@ and, where I - g J is not positive definite on the way, one that takes no tangen
 a step of 10: Newton's corrections had to be cut a hundred times, Anderson's method came to the tolerance in 48 calls of f)."""
 
 
+NEAR = 0.1
+"""Part of the way of the start that a root may lie from it and be taken for the one that was extrapolated."""
+
+
 class Solved(NamedTuple):
     """z with its gradients; what ``minimise`` found; the problem, for its geometry and its counts; calls of f made; the
     status of the step."""
@@ -201,13 +205,17 @@ def _found(
 
 def _lower(problem: ProximalProblem, first: Point, found: InnerResult) -> Any:
     """Where what was found as a root is a minimum seen from the start: of the objective, or, without one, by the curvature there
-    along the way from the start. Else the step is longer than growth allows, and its root no continuation of the solution:
-    y' = 2 y over a step of 1 has the root -y."""
+    along the way from the start, unless that way is short. Else the step is longer than growth allows, and its root no
+    continuation of the solution: y' = 2 y over a step of 1 has the root -y."""
     if problem.energy is not None:
         return found.converged & not_higher(problem, first.z, found)
     way = problem.keep(found.converged, found.z - first.z, 0.0)
+    # A root where the past has been extrapolated to continues it, whatever M, which need not be normal, does to a correction.
+    near = problem.norm(way) <= NEAR * problem.norm(first.z - problem.a)
+    if all_true(near):
+        return found.converged
     curved = problem.dot(way, problem.jv(problem.evaluate(problem.keep(found.converged, found.z, first.z)), way))
-    return found.converged & ((curved > 0) | (problem.dot(way, way) == 0))
+    return found.converged & (near | (curved > 0))
 
 
 def guarded(

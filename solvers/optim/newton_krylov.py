@@ -187,6 +187,8 @@ class NewtonKrylov(InnerOptimizer):
         ops, bend = problem.ops, state.memory.bend
         known = running & (state.before > 0)
         seen = problem.norm(point.r - state.expected) / ops.where(known, state.before, 1.0)
+        # Where f is not defined there is nothing to learn; NaN would be taken for ignorance from then on.
+        known = known & ops.isfinite(seen)
         bend = ops.where(known, ops.maximum(ops.maximum(seen, FADES * bend), 1e-12), bend)
         return state._replace(memory=state.memory._replace(bend=bend))
 
