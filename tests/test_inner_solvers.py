@@ -181,6 +181,8 @@ def test_every_call_of_f_is_counted(name, batch_dim):
 
 GRID = {
     "growth: no minimum": lambda t, y: 3 * y,
+    "growth: singular": lambda t, y: y,
+    "growth: singular in part": lambda t, y: torch.linspace(-5, 1, y.shape[-1], dtype=D) * y,
     "growth of a part": lambda t, y: torch.linspace(-50, 3, y.shape[-1], dtype=D) * y,
     "rotation": lambda t, y: 1e4 * torch.cat([y[..., 3:], -y[..., :3]], -1) - y,
     "shear": lambda t, y: 1e5 * torch.roll(y, 1, -1) * torch.linspace(0, 1, 6, dtype=D) - y,

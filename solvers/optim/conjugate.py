@@ -53,6 +53,7 @@ class CGState(NamedTuple):
     p, slope: the next direction and <p, r>. r, rr: the residual and its square. point: of linearisation. eta: the constant
     rate. known, seen: the largest curvature, with what earlier steps in time knew and without. skew: samples whose M has
     turned out not to be symmetric. window: (p, M p, 1 / |M p|**2, 0 for other samples) of theirs. memory: of the start.
+    begun: whether no residual but the start's was evaluated yet.
     """
 
     p: Tensor
@@ -66,6 +67,7 @@ class CGState(NamedTuple):
     skew: Any
     window: tuple[tuple[Tensor, Tensor, Any], ...]
     memory: Any
+    begun: bool = True
 
 
 def fletcher_reeves(problem: InnerProblem, r: Tensor, rr: Any, state: CGState) -> Any:
@@ -174,7 +176,8 @@ class ConjugateGradient(Rated, InnerOptimizer):
         error = doubt = None
         if self.rate == "cg":
             point, r = state.point, r + wide * mp
-            doubt = lambda: self._doubt(problem, z, state)
+            # What turned out wrong, or took long, is not believed again: z may have gone far.
+            doubt = (lambda: self._doubt(problem, z, state)) if state.begun else None
         else:
             point = problem.evaluate(problem.keep(running, z, state.point.z))
             if self.searches and self.restart:
@@ -267,7 +270,7 @@ class ConjugateGradient(Rated, InnerOptimizer):
         r, rr = point.r, problem.dot(point.r, point.r)
         p, slope = self._descend(problem, state.p, r, rr)
         p, slope = problem.keep(again, -r, p), problem.ops.where(again, -rr, slope)
-        return state._replace(p=p, slope=slope, r=r, rr=rr, point=point, window=())
+        return state._replace(p=p, slope=slope, r=r, rr=rr, point=point, window=(), begun=False)
 
 
 for _name in BETA:

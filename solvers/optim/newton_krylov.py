@@ -33,6 +33,9 @@ DIVERGED = 2.0
 system leaves of its right-hand side, a tenth, may be a larger part of the correction."""
 SHORTER, CUTS = 0.5, 8
 """Factor by which a correction is cut after which the residual has grown by that, and times that is tried."""
+BELIEVED = 0.5
+"""Ratio of successive residuals up to which the next one need not be evaluated: a singular M, which differences make regular,
+gives corrections without end that change no residual."""
 CURVED = 3.0
 """Safety of the nonlinearity seen in earlier corrections, when it judges one whose residual is not evaluated."""
 FADES = 0.3
@@ -164,6 +167,8 @@ class NewtonKrylov(InnerOptimizer):
         # A correction within rounding changes nothing by its nonlinearity; what the linear system has left, it has.
         left = linear + ops.where(size <= state.floor, 0.0, ops.where(bend > 0, CURVED * bend, 1.0)) * size
         residual = problem.norm(point.r)
+        # Where the last correction did not do what it was to, this one is not believed unseen.
+        left = ops.where(residual > BELIEVED * state.residual, ops.maximum(left, residual), left)
         worse = (residual >= DIVERGED * state.residual) | (ops.invert(solved) & (linear > FORCING * residual))
         hopeless = (left > problem.tol) & worse | ops.invert(ops.isfinite(size) & ops.isfinite(residual))
         left = ops.where(hopeless, math.nan, left)
