@@ -142,6 +142,23 @@ def test_they_are_seen_in_complex_numbers_and_backwards_in_time():
         assert (s.y[-1] - torch.sin(torch.tensor(way))).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("tol", [1e-3, 1e-6])
+@pytest.mark.parametrize("decay", [0.0, 1.0, 10.0])
+def test_a_mode_that_hardly_decays_is_left_to_implicit_steps_while_it_is_small(decay, tol):
+    """From a solution without it, dopri5 raises it to where its error is that of the tolerance, takes 7,700 to 11,000 calls,
+    and ends with errors of 2e-5 to .2. Measured: 370 to 3,300, and 3e-8."""
+    a = torch.tensor([[-decay, 1000.0], [-1000.0, -decay]], dtype=D)
+
+    def f(t, y):
+        s, c = torch.sin(t), torch.cos(t)
+        return a @ (y - torch.stack([s, c])) + torch.stack([c, -s])
+
+    end = torch.tensor(2.0, dtype=D)
+    s = solve(f, torch.tensor([0.0, 1.0], dtype=D), [0.0, 2.0], method="auto", rtol=tol, atol=1e-3 * tol)
+    assert s.stats.switches == 1 and s.stats.nfe < 4000
+    assert (s.y[-1] - torch.stack([end.sin(), end.cos()])).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("tol", [1e-3, 1e-5])
 @pytest.mark.parametrize(("decay", "scale"), [(1.0, 1.0), (1.0, 1000.0), (10.0, 1000.0), (0.0, 1000.0)])
 def test_an_oscillation_that_lasts_stays_explicit(decay, scale, tol):

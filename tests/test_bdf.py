@@ -10,7 +10,7 @@ import scipy.integrate
 import torch
 
 from solvers import ArgumentError, Status, solve
-from solvers.control.bdf import BDFController, Streak
+from solvers.control.bdf import BDFController
 from solvers.layout import Layout
 from solvers.methods.adams_weights import distances
 from solvers.methods.backward_weights import base_weights, fixed_leading, lagrange, values
@@ -109,8 +109,11 @@ def test_lagrange_polynomials_of_some_of_the_nodes():
 
 def decide(k, ratios, streak=(9, 9, 0)):
     ops = Layout(torch.zeros(1, dtype=D)).ops
-    state = BDFState((), (), 7, k, ())
-    return BDFController().update(ops, ratios, 2, Streak(*streak), state)
+    state = BDFState((), (), 7, k, (), None)
+    control = BDFController()
+    held, taken, rejections = streak
+    before = control.init(ops, 0.0)._replace(held=held, taken=taken, rejections=rejections, even=9)
+    return control.update(ops, (*ratios, 0.0), 2, before, state)
 
 
 def test_order_and_step_follow_the_errors():
@@ -130,6 +133,50 @@ def test_rejections_cut_the_step_and_in_the_end_the_order():
     assert decide(4, (math.inf, 30.0, math.inf), streak=(3, 9, 2)).order == 1
     failed = decide(4, (math.inf, math.inf, math.inf))
     assert not failed.accept and failed.factor == 0.25
+
+
+def swinging(rate):
+    """A mode of eigenvalues ``rate`` around (sin t, cos t), which is a solution."""
+    a = torch.tensor([[rate.real, rate.imag], [-rate.imag, rate.real]], dtype=D)
+
+    def f(t, y):
+        s, c = torch.sin(t), torch.cos(t)
+        if y.dim() == 1:
+            return a @ (y - torch.stack([s, c])) + torch.stack([c, -s])
+        return (y - torch.stack([s, c], -1)) @ a.T + torch.stack([c, -s], -1)
+
+    return f
+
+
+@pytest.mark.parametrize("max_order", [3, 4, 5])
+@pytest.mark.parametrize("rate", [-1 + 1000j, -10 + 1000j, 1000j])
+def test_a_mode_that_swings_below_the_tolerance_is_damped(rate, max_order):
+    """10 tolerances, for 300 periods: left to themselves, formulas of order 3 to 5 keep it, and the step, for ever, in 3,300 to
+    11,600 steps, and end with errors of 7e-6 to 1.6e-3. Measured: 670 to 1,830 steps, 2e-8."""
+    end = torch.tensor(2.0, dtype=D)
+    s = solve(swinging(rate), torch.tensor([1e-5, 1.0], dtype=D), [0.0, 2.0], method="prox_bdf", max_order=max_order)
+    assert s.stats.accepted < 2200
+    assert (s.y[-1] - torch.stack([end.sin(), end.cos()])).abs().max() < 1e-6
+
+
+def test_each_sample_damps_its_own():
+    start, end = torch.tensor([[1e-5, 1.0], [0.0, 1.0], [1e-4, 1.0]], dtype=D), torch.tensor(2.0, dtype=D)
+    s = solve(swinging(-10 + 1000j), start, [0.0, 2.0], method="prox_bdf", batch_dim=0)
+    assert (s.stats.accepted < 1500).all()
+    assert (s.y[-1] - torch.stack([end.sin(), end.cos()])).abs().max() < 1e-6
+
+
+def test_a_mode_that_is_seen_to_swing_is_followed_with_even_steps():
+    ops = Layout(torch.zeros(1, dtype=D)).ops
+    control = BDFController()
+    state = control.init(ops, 0.0)._replace(held=9, taken=99, even=9)
+    for _ in range(30):
+        decided = control.update(ops, (0.5, 0.6, math.inf, 0.5), 2, state, BDFState((), (), 7, 5, (), None))
+        state = decided.state
+    assert decided.factor == 1.0 and decided.order == 5 and decided.state.calm.mode > 0
+    state = state._replace(even=11, calm=state.calm._replace(peak=0.0))
+    lowered = control.update(ops, (0.5, 1e-3, math.inf, 0.5), 2, state, BDFState((), (), 7, 5, (), None))
+    assert lowered.order == 2 and lowered.factor == 1.0
 
 
 @pytest.mark.parametrize("max_order", [1, 2, 3, 4, 5])

@@ -295,11 +295,23 @@ def pendulum() -> Problem:
     return Problem(f, vector(1, 0, 0, 0), [0.0, 0.5, 2.0], rtol=1e-8)
 
 
+def spring() -> Problem:
+    """The same without damping, on a spring of stiffness 1e8: 1,600 periods of 1e-4 in the velocities that nobody asked for."""
+
+    def f(t, y):
+        a, b, u, v = y.unbind(-1)
+        r = torch.sqrt(a * a + b * b)
+        pull = 1e8 * (r - 1) / r
+        return torch.stack([u, v, -pull * a, -pull * b - 1], -1)
+
+    return Problem(f, vector(1, 0, 0, 0), [0.0, 0.5, 1.0], rtol=1e-8)
+
+
 ZOO = {
     make.__name__: make
     for make in (
         robertson, van_der_pol, akzo, flame, swinging, prothero_robinson, switched, untold, corners, diurnal, scaled, roots,
-        burgers, fitzhugh, brusselator, network, spiral, chain, nerve, medical, pendulum,
+        burgers, fitzhugh, brusselator, network, spiral, chain, nerve, medical, pendulum, spring,
     )
 }  # fmt: skip
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+from torch.utils._pytree import tree_map
+
 from .base import CONTROLLERS, Controller, Decision
 
 EXPLICIT = 0
@@ -40,7 +42,7 @@ class Phases(NamedTuple):
 class AutoController(Controller):
     """The controller "i" for explicit steps, "bdf" for implicit ones.
 
-    Reads ``order`` and ``count`` of the method's state, order 0 being explicit, and of the error a fourth part: dt times the
+    Reads ``order`` and ``count`` of the method's state, order 0 being explicit, and of the error a fifth part: dt times the
     stiffness, in units of the explicit limit of stability. A problem is stiff from ten explicit steps at that limit
     on, with fewer than six others in a row between (Hairer & Wanner II, IV.2), and no longer after fifty implicit steps far
     below it that do not grow. After a jump the steps stay of their kind.
@@ -54,7 +56,7 @@ class AutoController(Controller):
         return Phases(explicit.init(ops, like), implicit.init(ops, like), none != 0, none, none, like * 0.0, none)
 
     def update(self, ops: Any, ratio: Any, error_order: int, state: Phases, method_state: Any) -> Decision:
-        k, measure = method_state.order, ratio[3]
+        k, measure = method_state.order, ratio[4]
         implicit = k > EXPLICIT
         decision, state = self._judged(ops, ratio, error_order, state, method_state)
         # A start at a jump knows nothing of what was found before it, but that still holds.
@@ -85,14 +87,14 @@ class AutoController(Controller):
             found = explicit.update(ops, own, error_order, state.explicit, method_state)
             return found._replace(order=EXPLICIT), state._replace(explicit=found.state)
         if ops.joint:
-            found = implicit.update(ops, ratio[:3], error_order, state.implicit, method_state)
+            found = implicit.update(ops, ratio[:4], error_order, state.implicit, method_state)
             return found, state._replace(implicit=found.state)
         stiff = k > EXPLICIT
         one = explicit.update(ops, own, error_order, state.explicit, method_state)
-        other = implicit.update(ops, ratio[:3], error_order, state.implicit, method_state._replace(order=k.clamp(min=1)))
+        other = implicit.update(ops, ratio[:4], error_order, state.implicit, method_state._replace(order=k.clamp(min=1)))
         found = Decision(one.accept, ops.where(stiff, other.factor, one.factor), (), ops.where(stiff, other.order, EXPLICIT))
-        kept = [ops.where(stiff, new, old) for new, old in zip(other.state, state.implicit, strict=True)]
-        return found, state._replace(explicit=one.state, implicit=type(other.state)(*kept))
+        kept = tree_map(lambda new, old: ops.where(stiff, new, old), other.state, state.implicit)
+        return found, state._replace(explicit=one.state, implicit=kept)
 
 
 CONTROLLERS.register("auto", AutoController())

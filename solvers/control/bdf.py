@@ -26,25 +26,53 @@ YOUNG, YOUNG_FACTOR = 5, 5.0
 DEAD_BAND = {False: 1.2, True: 1.5}
 """Factor from which a step grows, without and with matrices to factorise: of those there are a third fewer then, for as many
 calls of f, and the longer runs of equal steps bring errors down (diffusion on 128 points at 1e-5: from 1.3e-5 to 4e-6)."""
+SEEN, SEEN_OFTEN = 5, 80
+"""What an attempt counts that a swinging mode limits (-1 another one, 0 where nobody knows), and the count from which on it is
+taken to be so: about 20 such attempts, a fifth of all."""
+CALM_ORDERS = (2, 5)
+"""The orders that damp such modes: the first at every step, the second up to ``FOLLOWED`` = |dt lambda|."""
+FOLLOWED, CROSSED, LOST = 0.55, 20.0, 0.2
+"""|dt lambda| up to which order 5 damps them, from which on all orders do, and below which order 2 does not any more."""
+CALM_STEPS = 12
+"""Steps of the same size between two decisions meanwhile, about a period."""
+CALM_PATIENCE = 1000
+"""Steps of order 2 after which higher ones are tried again; doubled every time."""
 MOST_REJECTIONS = 3
 """Rejections in a row from which the order goes back to 1: the past says nothing about what comes."""
 
 
+class Calm(NamedTuple):
+    """count: of attempts that a swinging mode limits. mode: |dt lambda| of it for the next step, 0 while steps are chosen freely.
+    low: whether the lower of ``CALM_ORDERS`` is in use. peak: largest error since the size or order changed. steps: since low.
+    times: modes met so far."""
+
+    count: Any
+    mode: Any
+    low: Any
+    peak: Any
+    steps: Any
+    times: Any
+
+
 class Streak(NamedTuple):
     """Accepted steps of the present order since it was chosen or a step was rejected; accepted steps since the start;
-    rejections in a row."""
+    rejections in a row; accepted steps in a row of the same size; what is done about a mode that swings."""
 
     held: Any
     taken: Any
     rejections: Any
+    even: Any
+    calm: Calm
 
 
 @dataclass(frozen=True, kw_only=True)
 class BDFController(Controller):
     """The order, out of k - 1, k, k + 1, that allows the longest next step, asked for after k + 1 steps of order k; and a step
-    that grows only where it may grow by ``dead_band`` (Shampine & Reichelt 1997; Byrne & Hindmarsh 1975, ACM TOMS 1).
+    that grows only after k + 1 of the same size, where it may grow by ``dead_band`` (Shampine & Reichelt 1997; Byrne &
+    Hindmarsh 1975, ACM TOMS 1).
 
-    Reads ``order`` and ``count`` of the method's state.
+    Reads ``order`` and ``count`` of the method's state, and of the error a fourth part: |dt lambda| of the mode that makes it,
+    if that swings, 0 if nothing does, less where nobody knows.
 
     Args:
         safety: in (0, 1]. factor_max: limit on dt_next / dt. dead_band: >= 1; growth by less is not granted (None: 1.5 where
@@ -67,7 +95,7 @@ class BDFController(Controller):
 
     def init(self, ops: Any, like: Any) -> Streak:
         none = ops.where(like == 0, 0, 0)
-        return Streak(none, none, none)
+        return Streak(none, none, none, none, Calm(none, none + 0.0, none != 0, none + 0.0, none, none))
 
     def update(self, ops: Any, ratio: Any, error_order: int, state: Streak, method_state: Any) -> Decision:
         k, own = method_state.order, ratio[1]
@@ -75,21 +103,68 @@ class BDFController(Controller):
         starts = method_state.count == 0
         held = ops.where(starts, 0, state.held) + 1
         taken = ops.where(starts, 0, state.taken) + 1
+        even = ops.where(starts, 0, state.even) + 1
         order, wish = self._choose(ops, ratio, k, held, taken)
         band = self.dead_band or DEAD_BAND[getattr(method_state, "factorises", False)]
         growth = ops.minimum(wish, ops.where(taken <= YOUNG, YOUNG_FACTOR, self.factor_max))
-        factor = ops.where(wish < 1.0, ops.clip(wish, *SHRINK), ops.where(wish >= band, growth, 1.0))
+        grows = (wish >= band) & ((taken <= YOUNG) | (even >= k + 1))
+        factor = ops.where(wish < 1.0, ops.clip(wish, *SHRINK), ops.where(grows, growth, 1.0))
         rejections = ops.where(accept, 0, state.rejections + 1)
         cut = ops.clip(REJECTED[0] * self._factor(ops, REJECTED_BIAS, own, k), REJECTED[1], REJECTED[0])
         factor = ops.where(accept, factor, ops.where(finite, cut, FAILED))
         again = ops.where(finite & (rejections >= MOST_REJECTIONS), 1, k)
         order = ops.where(accept, order, again)
+        factor, order, calm = self._calmed(ops, ratio, k, accept, even, held, factor, order, state.calm)
         held = ops.where(accept & (order == k), held, 0)
-        return Decision(accept, factor, Streak(held, ops.where(accept, taken, state.taken), rejections), order)
+        even = ops.where(accept & (factor == 1.0), even, 0)
+        return Decision(accept, factor, Streak(held, ops.where(accept, taken, state.taken), rejections, even, calm), order)
+
+    def _calmed(
+        self, ops: Any, ratio: Any, k: Any, accept: Any, even: Any, held: Any, factor: Any, order: Any, calm: Calm
+    ) -> tuple[Any, Any, Calm]:
+        """Step and order where a mode that swings, hardly damped, limits them, however small it is.
+
+        Its error comes and goes with its phase, and steps that follow it drive it, like a swing; so do the formulas of order
+        3 to 5 where |dt lambda| is not small (Hindmarsh & al. 2005, ACM TOMS 31, 2.3: CVODE lowers the order). Even steps of
+        order 5 damp it, below ``FOLLOWED``, better than those of order 2 that its error then allows, until it has become so
+        small that order 2 may take the same steps. These damp it at once, and may grow beyond where it would be a nuisance.
+        """
+        low, high = CALM_ORDERS
+        _, own, above, seen = ratio
+        if ops.joint and not (seen or calm.count or calm.mode):
+            return factor, order, calm
+        count = ops.maximum(calm.count + ops.where(seen > 0, SEEN, ops.where(seen < 0, 0, -1)), 0)
+        begins = (calm.mode == 0) & (count >= SEEN_OFTEN) & (k > low)
+        on = (calm.mode > 0) | begins
+        mode = ops.where(seen > 0, seen, calm.mode)
+        peak = ops.where(accept, ops.maximum(calm.peak, own), 0.0)
+        # Even steps, whose errors are known over some time, and by how much they may then grow.
+        even = accept & (even % CALM_STEPS == 0)
+        wish = self.safety * self._factor(ops, BIAS[1], peak, k) * GRAINS // 1.0 / GRAINS
+        room = ops.where(k > low, FOLLOWED / ops.maximum(mode, 1e-3), self.factor_max)
+        wish = ops.minimum(ops.minimum(wish, room), self.factor_max)
+        highest = (held > k) & ops.invert(ops.isfinite(above))
+        small = peak * (high + 1) / (low + 1) < 0.5 * mode ** (high - low)
+        lowers = on & highest & ops.where(k == high, even & small, k > low)
+        grows = even & (wish >= 1.2) & ops.invert(lowers)
+        rises = accept & (k < ops.where(calm.low, low, high)) & (held > k) & ops.isfinite(above)
+        settled = ops.where(accept, ops.where(grows, wish, 1.0), factor)
+        factor = ops.where(on, settled, factor)
+        order = ops.where(on, ops.where(lowers, low, ops.where(rises, k + 1, ops.where(accept, k, order))), order)
+        is_low = on & (calm.low | lowers)
+        steps = ops.where(is_low, calm.steps + 1, 0)
+        mode = ops.where(on, mode * factor, 0.0)
+        lost = is_low & (mode < LOST)
+        ends = (mode > CROSSED) | (ops.invert(is_low) & (mode < LOST)) | (is_low & (steps > CALM_PATIENCE * 2**calm.times))
+        peak = ops.where(even | (factor != 1.0) | (order != k), 0.0, peak)
+        return factor, order, Calm(
+            ops.where(on, 0, count), ops.where(ends, 0.0, mode), is_low & ops.invert(lost | ends), peak, steps,
+            calm.times + ops.where(begins, 1, 0),
+        )  # fmt: skip
 
     def _choose(self, ops: Any, ratio: Any, k: Any, held: Any, taken: Any) -> tuple[Any, Any]:
         """The order, and the factor that it wishes for."""
-        wishes = [self._factor(ops, bias, r, q) for bias, r, q in zip(BIAS, ratio, (k - 1, k, k + 1), strict=True)]
+        wishes = [self._factor(ops, bias, r, q) for bias, r, q in zip(BIAS, ratio[:3], (k - 1, k, k + 1), strict=True)]
         settled = held >= k + 1
         shorter = ops.where(settled | ((taken <= k + 2) & (held >= k)), wishes[0], 0.0)
         longer = ops.where(settled, wishes[2], 0.0)

@@ -222,14 +222,14 @@ class Auto(Method):
         return super().replay(field, t0, dt, y0, state, active, interior)
 
     def ratio(self, norm: Any, y0: Tensor, out: StepOut) -> Any:
-        """Errors for the orders k - 1, k and k + 1, infinite where there is none, and dt times the stiffness in units of the
-        explicit method's stability limit."""
+        """Errors for the orders k - 1, k and k + 1, infinite where there is none; |dt lambda| of what swings; and dt times
+        the stiffness in units of the explicit method's stability limit."""
         layout, found = norm.layout, []
         one, other, stiff, measure = out.error
         if one is not None:
             own = self.explicit_method.ratio(norm, y0, one)
             none = own * 0.0 + math.inf
-            found.append((none, own, none, measure))
+            found.append((none, own, none, own * 0.0, measure))
         if other is not None:
             inner = self.stiff_method.inner.chosen(layout)
             size = abs(number(other.dense.dt))
@@ -237,7 +237,7 @@ class Auto(Method):
             bound = layout.ops.where(size > 0, size * inner.bound(other.state.memory[0]), math.inf)
             found.append((*self.stiff_method.ratio(norm, y0, other), bound))
         parts = found[0] if len(found) == 1 else [layout.ops.where(stiff, b, a) for a, b in zip(*found, strict=True)]
-        return (*parts[:3], parts[3] / self.explicit_method.real_limit)
+        return (*parts[:4], parts[4] / self.explicit_method.real_limit)
 
     def prepare(self, field: Any, dense: AutoDense) -> tuple[AutoDense, int]:
         if dense.explicit is None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..optim import InnerOptimizer
+from ..optim import InnerOptimizer, any_true
 from ..optim.linearisation import Memory
 from ..optim.newton import Newton
 from ..status import ArgumentError
@@ -17,24 +17,33 @@ from .adams_weights import distances
 from .backward_weights import HARMONIC, Backward, base_weights, combined, fixed_leading, lagrange, values
 from .base import METHODS, Method, StepOut, number
 from .solving import check_inner_options, inner_named, remembered, solve_stage
+from .stiffness import GROWING, Swing, at_rest, swinging
 
 CHOOSING = Newton("auto")
 
 HIGHEST_ORDER = 5
 """The formula of order 6 is stable in too small a sector to be of use (Hairer & Wanner II, V.2)."""
 
+LASTING = 0.03
+"""Damping -Re lambda / |lambda| of the modes that are looked for. Those from .07 on lie in the sector of the formula of order 3,
+of 86.03 degrees (Hairer & Wanner II, V.2); those in between are gone in a few periods."""
+RESOLVED, STIFF = 0.25, 10.0
+"""|dt lambda| at which formulas may be unstable for others: below, order 5 follows them, above, all damp them."""
+UNKNOWN = -1.0
+
 
 class BDFState(NamedTuple):
     """History, newest first. past: y_{n-1}, y_{n-2}, ..; while there is none, the first is dy/dt at the start, detached.
     steps: t_n - t_{n-1}, .. count: how many of them there are, int or ``(B,)``; in the batched modes both tuples have their
     full length from the start, with harmless numbers behind the first ``count``. order: of the next step. memory: the inner
-    solver's."""
+    solver's. swing: what the last step showed of modes that swing."""
 
     past: tuple[Tensor, ...]
     steps: tuple[Any, ...]
     count: Any
     order: Any
     memory: Any
+    swing: Swing
 
     @property
     def factorises(self) -> bool:
@@ -44,11 +53,13 @@ class BDFState(NamedTuple):
 
 class BDFError(NamedTuple):
     """Differences of the solution from the polynomials of degree k - 1, k, k + 1 through the past, ``(3, *layout.shape)``, in
-    joint mode without those that do not exist; which of them do; what multiples of them are errors; k."""
+    joint mode without those that do not exist; which of them do; what multiples of them are errors; |dt lambda| of the modes
+    which make these differences, where they swing and orders are unstable for them, else 0, or ``UNKNOWN``."""
 
     differences: Tensor
     exist: tuple[Any, Any, Any]
     multiples: tuple[Any, Any, Any]
+    swings: Any
 
 
 class BDFDense(NamedTuple):
@@ -123,11 +134,12 @@ class BDF(Method):
         layout = field.layout
         slope = torch.zeros_like(y0.detach()) if f0 is None else f0.detach()
         memory = remembered(self, layout, y0)
+        swing = at_rest(layout)
         if layout.joint:
-            return BDFState((slope,), (), 0, 1, memory)
+            return BDFState((slope,), (), 0, 1, memory, swing)
         step = torch.where(torch.as_tensor(dt).detach() < 0, -1.0, 1.0).to(torch.float64).expand(layout.batch)
         none = torch.zeros(layout.batch, dtype=torch.int64, device=layout.device)
-        return BDFState((slope,) * self.max_order, (step,) * self.max_order, none, none + 1, memory)
+        return BDFState((slope,) * self.max_order, (step,) * self.max_order, none, none + 1, memory, swing)
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
@@ -144,17 +156,42 @@ class BDF(Method):
             return self._live(layout, dt, y0, past, state, weights)
 
         start = lambda problem, evaluate: evaluate(predicted)
+
         done = solve_stage(self, field, t0, dt, base, g, start, live, state.memory, active, scale)
         found, problem = done.found, done.problem
         with torch.no_grad():
-            error = _errors(found.z, (lower, predicted, higher), weights, state, self.max_order)
+            swings, swing = self._swings(problem, found.z - predicted, found, dt, scale, state)
+            error = _errors(found.z, (lower, predicted, higher), weights, state, self.max_order, swings)
         depth = self.max_order
         count = min(state.count + 1, depth) if isinstance(state.count, int) else (state.count + 1).clamp(max=depth)
         # While there is no history, its place holds the slope at the start, which must not be taken for a state.
         before = state.past[:0] if isinstance(state.count, int) and state.count == 0 else state.past
-        after = BDFState((y0, *before)[:depth], (dt, *state.steps)[:depth], count, k, found.memory)
+        after = BDFState((y0, *before)[:depth], (dt, *state.steps)[:depth], count, k, found.memory, swing)
         dense = BDFDense(layout, dt, done.z, y0, before, state.steps, k)
         return StepOut(done.z, error, dense, after, done.calls, done.status, found.iterations, problem.algebra)
+
+    def _swings(self, problem: Any, v: Tensor, found: Any, dt: Any, scale: Tensor, state: BDFState) -> tuple[Any, Swing]:
+        """|dt lambda| of the mode which makes ``v``, the difference of the new state from the predicted one, if it swings.
+
+        Looked at where orders may be unstable and something has just shortened the steps; where nothing is factorised, it
+        would take too many calls of f.
+        """
+        layout, k, memory = problem.layout, state.order, found.memory[0]
+        ops, size = layout.ops, abs(number(dt))
+        longest = size
+        for i, step in enumerate(state.steps):
+            longest = ops.where(i < state.count, ops.maximum(abs(number(step)), longest), longest)
+        held = (k > 2) & (size < longest) & found.converged
+        if not isinstance(memory, Memory) or not any_true(held):
+            return 0.0 * size, at_rest(layout)
+        inner: Any = self.inner.chosen(layout)
+        u = inner.filtered(problem, memory, 1.0, v)
+        q = inner.filtered(problem, memory, 1.0, u)
+        p = inner.filtered(problem, memory, 1.0, q)
+        known, mode, damping, swing = swinging(layout, scale, abs(problem.g), u, q, p, state.swing)
+        mode = mode * _harmonic(k)
+        unstable = (mode > RESOLVED) & (mode < STIFF) & (damping > -GROWING) & (damping < LASTING)
+        return ops.where(held, ops.where(unstable, mode, ops.where(known, 0.0, UNKNOWN)), 0.0), swing
 
     def _live(self, layout: Any, dt: Any, y0: Tensor, past: Any, state: BDFState, weights: Backward) -> tuple[Tensor, Any]:
         """a and g with their gradients: a is linear in the past, its weights are functions of the steps."""
@@ -167,16 +204,14 @@ class BDF(Method):
         return combined(layout, base, (y0, *known)), dt * _inverse_harmonic(k)
 
     def ratio(self, norm: Any, y0: Tensor, out: StepOut) -> Any:
-        differences, exist, multiples = out.error
+        differences, exist, multiples, swings = out.error
         scaled = differences / norm.scale(y0, out.y1)
         if norm.layout.joint:
             sizes = iter(scaled.unbind(0))
-            return tuple(
-                norm.measure(next(sizes)) * multiple if there else math.inf
-                for there, multiple in zip(exist, multiples, strict=True)
-            )
+            found = [norm.measure(next(sizes)) * m if there else math.inf for there, m in zip(exist, multiples, strict=True)]
+            return (*found, swings)
         found = [norm.measure(x) * multiple for x, multiple in zip(scaled.unbind(0), multiples, strict=True)]
-        return tuple(torch.where(there, x, math.inf) for there, x in zip(exist, found, strict=True))
+        return (*(torch.where(there, x, math.inf) for there, x in zip(exist, found, strict=True)), swings)
 
     def interpolate(self, dense: BDFDense, theta: Tensor, derivative: int = 0) -> Tensor:
         layout, dt = dense.layout, dense.dt
@@ -194,9 +229,11 @@ class BDF(Method):
 
 
 def _inverse_harmonic(k: Any) -> Any:
-    if isinstance(k, int):
-        return 1.0 / HARMONIC[k]
-    return 1.0 / torch.tensor(HARMONIC, dtype=torch.float64, device=k.device)[k]
+    return 1.0 / _harmonic(k)
+
+
+def _harmonic(k: Any) -> Any:
+    return HARMONIC[k] if isinstance(k, int) else torch.tensor(HARMONIC, dtype=torch.float64, device=k.device)[k]
 
 
 def _history(layout: Any, size: Any, y0: Tensor, state: BDFState) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
@@ -235,16 +272,18 @@ def _combinations(layout: Any, weights: Backward, states: tuple[Tensor, ...]) ->
     return [None if part is None else next(found) for part in weights[:4]]
 
 
-def _errors(z: Tensor, foreseen: tuple[Any, Any, Any], weights: Backward, state: BDFState, highest: int) -> BDFError:
+def _errors(
+    z: Tensor, foreseen: tuple[Any, Any, Any], weights: Backward, state: BDFState, highest: int, swings: Any
+) -> BDFError:
     k, count = state.order, state.count
     differences = torch.stack([z - x for x in foreseen if x is not None])
     if isinstance(k, int):
         above = foreseen[2] is not None and k < highest and count > k
         if foreseen[2] is not None and not above:
             differences = differences[:-1]
-        return BDFError(differences, (foreseen[0] is not None, True, above), weights.errors)
+        return BDFError(differences, (foreseen[0] is not None, True, above), weights.errors, swings)
     exist = (k > 1, torch.ones_like(k, dtype=torch.bool), (k < highest) & (count > k))
-    return BDFError(differences, exist, weights.errors)
+    return BDFError(differences, exist, weights.errors, swings)
 
 
 METHODS.register("prox_bdf", BDF())
