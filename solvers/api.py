@@ -589,8 +589,6 @@ MANY = 1000
 """Accepted steps from which on it is worth the dozen calls of f to ask whether they had to be so many."""
 MANY_IMPLICIT = 300
 """The same of an implicit method, to judge by how many it repeated."""
-REPEATED = 0.3
-"""Repeated steps for each accepted one that rounding, and nothing else known, leads to."""
 GUARD_DIGITS = 1e4
 """rtol in units of the machine epsilon below which rounding is suspected."""
 FOR_STIFF = ("auto", "prox_bdf", "esdirk547")
@@ -617,7 +615,7 @@ def _warn_of_rounding(plan: Plan, stats: Stats) -> None:
     if not (fine and plan.method.implicit and plan.controller.adaptive):
         return
     accepted, rejected = (torch.as_tensor(x).reshape(-1) for x in (stats.accepted, stats.rejected))
-    if bool(((accepted >= MANY_IMPLICIT) & (rejected > REPEATED * accepted)).any()):
+    if bool(((accepted >= MANY_IMPLICIT) & (rejected > plan.controller.repeats * accepted)).any()):
         warnings.warn(
             f"{plan.method.name} took {int(accepted.max())} steps and repeated {int(rejected.max())}: rounding errors of f in "
             f"{plan.layout.dtype} are as large as its tolerance, and what they decide may be wrong altogether. Try "

@@ -27,6 +27,8 @@ class Controller(ABC):
 
     adaptive: ClassVar[bool] = True
     variable_order: ClassVar[bool] = False
+    repeats: ClassVar[float] = 0.3
+    """Repeated steps for each accepted one, over a long solve, that only rounding leads to."""
     """Whether it also chooses the order, and so reads an error for each."""
 
     def init(self, ops: Any, like: Any) -> Any:

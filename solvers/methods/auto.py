@@ -84,10 +84,9 @@ class Auto(Method):
 
     Stiffness costs no evaluation to see: the last two stages of dopri5 are both at the end of the step, and what f makes of
     their difference is the largest |lambda| that the step has met (Hairer & Wanner II, IV.2). Modes that swing are found from
-    the differences of two steps, which span the plane of a pair of eigenvalues; those that hardly decay are no reason to
-    change: while they last, implicit steps would have to be as short. (Where the solution has none of them, -1000 +- 1e6 i
-    say, take ``prox_bdf``.) While implicit, the norm of the Jacobian
-    (matrix-free: the largest product seen) bounds |lambda|.
+    the differences of two steps, which span the plane of a pair of eigenvalues; those that hardly decay are a reason to change
+    only where they are too small to be followed: steps that follow them stay below the limit. While implicit, the norm of the
+    Jacobian (matrix-free: the largest product seen) bounds |lambda|.
 
     ``rkc2`` is not among its methods: on diffusion at 1e-2 to 1e-5, to the same error, it takes 1.6 to 2 times the evaluations of
     ``prox_bdf``, and at most 1.6 times less time where f costs next to nothing.
