@@ -614,8 +614,11 @@ def _warn_of_rounding(plan: Plan, stats: Stats) -> None:
     fine = float(torch.as_tensor(plan.norm.rtol).min()) < GUARD_DIGITS * precision
     if not (fine and plan.method.implicit and plan.controller.adaptive):
         return
+    # Explicit steps of the same solve are repeated for reasons of their own.
+    explicit = sum(int(n) for name, n in stats.nfe_by_method.items() if not METHODS[name].implicit)
+    limit = plan.controller.repeats if explicit < 0.1 * int(stats.nfe) else Controller.repeats
     accepted, rejected = (torch.as_tensor(x).reshape(-1) for x in (stats.accepted, stats.rejected))
-    if bool(((accepted >= MANY_IMPLICIT) & (rejected > plan.controller.repeats * accepted)).any()):
+    if bool(((accepted >= MANY_IMPLICIT) & (rejected > limit * accepted)).any()):
         warnings.warn(
             f"{plan.method.name} took {int(accepted.max())} steps and repeated {int(rejected.max())}: rounding errors of f in "
             f"{plan.layout.dtype} are as large as its tolerance, and what they decide may be wrong altogether. Try "

@@ -49,6 +49,7 @@ class AutoController(Controller):
     """
 
     variable_order: ClassVar[bool] = True
+    repeats: ClassVar[float] = 0.15  # the suite's problems: up to 0.12
 
     def init(self, ops: Any, like: Any) -> Phases:
         none = ops.where(like == 0, 0, 0)
