@@ -361,23 +361,27 @@ def test_many_unknowns_are_solved_without_a_matrix_and_nonsymmetric_ones_by_gmre
 
 
 def oscillators(count, end):
-    """``count`` of them, mu from 1 to 1000, over ``end`` mu, with the tolerance of each and scipy's solution."""
+    """``count`` of them, mu from 1 to 1000, over ``end`` mu, with the tolerance of each, scipy's solution, and what its BDF gives
+    at these tolerances."""
     mu = torch.logspace(0, 3, count, dtype=D)
     y0 = torch.tensor([2.0, 0.0], dtype=D).expand(count, 2)
     t = torch.stack([torch.zeros(count, dtype=D), end * mu], 1)
     rtol = torch.logspace(-4, -6, count, dtype=D).unsqueeze(1)
     sol = solve(lambda t, y: van_der_pol(t, y, mu), y0, t, method="prox_bdf", batch_dim=0, rtol=rtol, atol=1e-2 * rtol)
-    exact = []
-    for m in mu.tolist():
+    exact, peer = [], []
+    for m, r in zip(mu.tolist(), rtol[:, 0].tolist(), strict=True):
         f = lambda t, y, m=m: [y[1], m * (1 - y[0] ** 2) * y[1] - y[0]]
         exact.append(scipy.integrate.solve_ivp(f, (0, end * m), [2.0, 0.0], "Radau", rtol=1e-9, atol=1e-11).y[:, -1])
-    return sol, rtol, torch.from_numpy(np.stack(exact))
+        peer.append(scipy.integrate.solve_ivp(f, (0, end * m), [2.0, 0.0], "BDF", rtol=r, atol=1e-2 * r).y[:, -1])
+    return sol, rtol, torch.from_numpy(np.stack(exact)), torch.from_numpy(np.stack(peer))
 
 
 @pytest.mark.parametrize("count, end", [(4, 0.75), pytest.param(64, 2.0, marks=pytest.mark.slow)])
 def test_oscillators_of_very_different_stiffness_each_to_its_own_tolerance(count, end):
-    sol, rtol, exact = oscillators(count, end)
-    assert (((sol.y[-1] - exact).abs() / (exact.abs() + 0.01)).amax(1) < 50 * rtol[:, 0]).all()
+    """Two, with mu about 8, end near a jump, which makes more of errors: ours 264 rtol, scipy's BDF 238, LSODA 222."""
+    sol, rtol, exact, peer = oscillators(count, end)
+    ours, theirs = (((y - exact).abs() / (exact.abs() + 0.01)).amax(1) for y in (sol.y[-1], peer))
+    assert (ours < torch.maximum(50 * rtol[:, 0], 2 * theirs)).all()
     assert sol.stats.accepted.unique().numel() > count // 2
 
 
