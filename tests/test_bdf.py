@@ -152,17 +152,32 @@ def swinging(rate):
 @pytest.mark.parametrize("rate", [-1 + 1000j, -10 + 1000j, 1000j])
 def test_a_mode_that_swings_below_the_tolerance_is_damped(rate, max_order):
     """10 tolerances, for 300 periods: left to themselves, formulas of order 3 to 5 keep it, and the step, for ever, in 3,300 to
-    11,600 steps, and end with errors of 7e-6 to 1.6e-3. Measured: 670 to 1,830 steps, 2e-8."""
+    11,600 steps, and end with errors of 7e-6 to 1.6e-3. Measured: up to 2,480 steps, 2e-8."""
     end = torch.tensor(2.0, dtype=D)
     s = solve(swinging(rate), torch.tensor([1e-5, 1.0], dtype=D), [0.0, 2.0], method="prox_bdf", max_order=max_order)
-    assert s.stats.accepted < 2200
+    assert s.stats.accepted < 2800
     assert (s.y[-1] - torch.stack([end.sin(), end.cos()])).abs().max() < 1e-6
+
+
+def test_waves_of_many_tolerances_are_followed():
+    """A chain of 20 masses, set swinging by a force: 2.0e-7, dopri5 1.4e-6; BDF that damps whatever it finds 4.2e-7."""
+    n = 20
+    beside = torch.diag(torch.ones(n - 1, dtype=D), 1)
+    matrix = 1e4 * (n + 1) ** 2 * (beside + beside.T - 2 * torch.eye(n, dtype=D))
+    whole = torch.zeros(2 * n, 2 * n, dtype=D)
+    whole[:n, n:], whole[n:, :n], whole[n:, n:] = torch.eye(n, dtype=D), matrix, -0.1 * torch.eye(n, dtype=D)
+    force = torch.cat([torch.zeros(n, dtype=D), torch.ones(n, dtype=D)])
+    f = lambda t, y: y @ whole.T + force * torch.sin(t)
+    y0 = torch.zeros(2 * n, dtype=D)
+    exact = solve(f, y0, [0.0, 1.0], method="dop853", rtol=1e-10, atol=1e-14).y[-1]
+    s = solve(f, y0, [0.0, 1.0], method="prox_bdf")
+    assert (s.y[-1] - exact).abs().max() < 3e-7
 
 
 def test_each_sample_damps_its_own():
     start, end = torch.tensor([[1e-5, 1.0], [0.0, 1.0], [1e-4, 1.0]], dtype=D), torch.tensor(2.0, dtype=D)
     s = solve(swinging(-10 + 1000j), start, [0.0, 2.0], method="prox_bdf", batch_dim=0)
-    assert (s.stats.accepted < 1500).all()
+    assert (s.stats.accepted < 1800).all()
     assert (s.y[-1] - torch.stack([end.sin(), end.cos()])).abs().max() < 1e-6
 
 
