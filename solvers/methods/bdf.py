@@ -84,6 +84,10 @@ class BDF(Method):
     the order and keeps the step where changes do not pay, so that Jacobians and factorisations serve many steps. A solve
     starts at order 1 with a small step. Steps whose equation is not solved are tried again with a quarter of their size.
 
+    Orders 3 to 5 are not stable for modes near the imaginary axis. Where something is factorised and such a mode, below some
+    hundred tolerances, keeps the steps short, it is damped (:class:`~solvers.control.bdf.BDFController`); larger ones are
+    followed.
+
     ``inner``: any inner solver; "auto": Newton with a dense matrix up to 400 unknowns a sample (sparse with
     ``jac_sparsity``), matrix-free Newton with MINRES or GMRES above; ``stats.jacobian`` says which.
 
