@@ -27,9 +27,9 @@ class Controller(ABC):
 
     adaptive: ClassVar[bool] = True
     variable_order: ClassVar[bool] = False
+    """Whether it also chooses the order, and so reads an error for each."""
     repeats: ClassVar[float] = 0.3
     """Repeated steps for each accepted one, over a long solve, that only rounding leads to."""
-    """Whether it also chooses the order, and so reads an error for each."""
 
     def init(self, ops: Any, like: Any) -> Any:
         """State before the first step; ``like`` is the first dt (float or ``(B,)``)."""

@@ -32,14 +32,13 @@ taken to be so: about 20 such attempts, a fifth of all."""
 CALM_ORDERS = (2, 5)
 """The orders that damp such modes: the first at every step, the second up to ``FOLLOWED`` = |dt lambda|."""
 FOLLOWED, CROSSED, LOST = 0.55, 20.0, 0.2
-"""|dt lambda| up to which order 5 damps them, from which on all orders do, and below which order 2 does not."""
+"""|dt lambda| up to which order 5 damps them, from which on all orders do, and below which order 2 does not, while order 5
+follows them, and it is accuracy that keeps its steps short."""
 LOW_ERROR = 0.2
 """Error of steps of order 2, over two times ``CALM_STEPS``, above which they have slower modes to follow, which they all damp: an
 elastic chain of 50 masses, whose waves are 100 to 3,000 tolerances, had lost 16 % of them instead of 2 %."""
 FOLLOWING = 200
 """Steps of order 5 before order 2 is tried again after that."""
-FADED = 0.2
-"""|dt lambda| below which order 5 follows a mode that accuracy, not its own growth, keeps the steps short for."""
 CALM_STEPS = 12
 """Steps of the same size between two decisions meanwhile, about a period."""
 CALM_PATIENCE = 1000
@@ -151,13 +150,13 @@ class BDFController(Controller):
         # Even steps, whose errors are known over some time, and by how much they may then grow.
         even = accept & (even % CALM_STEPS == 0)
         expected = peak * ops.where(k > low, BIAS[1], 1.0 / LOW_ERROR)
-        wish = self.safety * self._factor(ops, 1.0, expected, k) * GRAINS // 1.0 / GRAINS
+        wish = self._granted(self._factor(ops, 1.0, expected, k))
         room = ops.where(k > low, FOLLOWED / ops.maximum(mode, 1e-3), self.factor_max)
         wish = ops.minimum(ops.minimum(wish, room), self.factor_max)
         highest = (held > k) & ops.invert(ops.isfinite(above))
         small = peak * (high + 1) / (low + 1) < 0.5 * mode ** (high - low)
         lowers = on & highest & (calm.steps == 0) & ops.where(k == high, even & small, k > low)
-        grows = even & (wish >= 1.2) & ops.invert(lowers)
+        grows = even & (wish >= DEAD_BAND[False]) & ops.invert(lowers)
         rises = accept & (k < ops.where(calm.low, low, high)) & (held > k) & ops.isfinite(above)
         settled = ops.where(accept, ops.where(grows, wish, 1.0), factor)
         factor = ops.where(on, settled, factor)
@@ -167,7 +166,7 @@ class BDFController(Controller):
         lost = is_low & ((mode < LOST) | (calm.low & even & (peak > LOW_ERROR) & (calm.over > 0)))
         times = calm.times + ops.where(begins, 1, 0)
         steps = ops.where(is_low | (calm.steps < 0), calm.steps + 1, 0)
-        ends = (mode > CROSSED) | (ops.invert(is_low) & (mode < FADED)) | (is_low & (steps > CALM_PATIENCE * 2**calm.times))
+        ends = (mode > CROSSED) | (ops.invert(is_low) & (mode < LOST)) | (is_low & (steps > CALM_PATIENCE * 2**calm.times))
         steps = ops.where(lost, -FOLLOWING, ops.where(ends, ops.minimum(steps, 0), steps))
         over = ops.where(even, ops.where(calm.low & (peak > LOW_ERROR), 1, 0), calm.over)
         # Where order 5 is not to be had, order 2 is the only one that damps, however large the mode.
@@ -185,7 +184,10 @@ class BDFController(Controller):
         longer = ops.where(settled, wishes[2], 0.0)
         wish = ops.maximum(ops.maximum(shorter, wishes[1]), longer)
         order = ops.where(wish == wishes[1], k, ops.where(wish == shorter, k - 1, k + 1))
-        return order, self.safety * wish * GRAINS // 1.0 / GRAINS
+        return order, self._granted(wish)
+
+    def _granted(self, wish: Any) -> Any:
+        return self.safety * wish * GRAINS // 1.0 / GRAINS
 
     def _factor(self, ops: Any, bias: float, ratio: Any, order: Any) -> Any:
         """(bias ratio)^(-1 / (order + 1)); 0 where the error is not known."""

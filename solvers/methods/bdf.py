@@ -24,12 +24,13 @@ CHOOSING = Newton("auto")
 HIGHEST_ORDER = 5
 """The formula of order 6 is stable in too small a sector to be of use (Hairer & Wanner II, V.2)."""
 
-LASTING = 0.03
+HARDLY_DAMPED = 0.03
 """Damping -Re lambda / |lambda| of the modes that are looked for. Those from .07 on lie in the sector of the formula of order 3,
 of 86.03 degrees (Hairer & Wanner II, V.2); those in between are gone in a few periods."""
 RESOLVED, STIFF = 0.25, 10.0
 """|dt lambda| at which formulas may be unstable for others: below, order 5 follows them, above, all damp them."""
 UNKNOWN = -1.0
+"""Told where something may swing, and nobody can say."""
 
 
 class BDFState(NamedTuple):
@@ -160,7 +161,6 @@ class BDF(Method):
             return self._live(layout, dt, y0, past, state, weights)
 
         start = lambda problem, evaluate: evaluate(predicted)
-
         done = solve_stage(self, field, t0, dt, base, g, start, live, state.memory, active, scale)
         found, problem = done.found, done.problem
         with torch.no_grad():
@@ -194,7 +194,7 @@ class BDF(Method):
         p = inner.filtered(problem, memory, 1.0, q)
         known, mode, damping, swing = swinging(layout, scale, abs(problem.g), u, q, p, state.swing)
         mode = mode * _harmonic(k)
-        unstable = (mode > RESOLVED) & (mode < STIFF) & (damping > -GROWING) & (damping < LASTING)
+        unstable = (mode > RESOLVED) & (mode < STIFF) & (damping > -GROWING) & (damping < HARDLY_DAMPED)
         return ops.where(held, ops.where(unstable, mode, ops.where(known, 0.0, UNKNOWN)), 0.0), swing
 
     def _live(self, layout: Any, dt: Any, y0: Tensor, past: Any, state: BDFState, weights: Backward) -> tuple[Tensor, Any]:

@@ -22,8 +22,8 @@ INDEPENDENT = 1e3
 """Multiple of the machine epsilon that sin**2 of the angle between two differences has to exceed."""
 TOLD_APART = 1e-3
 """sin**2 of the angle between v and M^-1 v, over two steps, from which on a pair of eigenvalues can be told from one."""
-UNEXPLAINED = .6
-"""Share of |J**2 v|**2 that may be something else's."""
+UNEXPLAINED = 0.6
+"""Share of |M^-2 v|**2 that may be something else's; of a pair alone 1e-5 and less is left."""
 
 
 class Seen(NamedTuple):

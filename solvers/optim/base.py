@@ -35,6 +35,10 @@ LONGEST = 1e-4
 """Share of z that a difference along a direction may be."""
 RESTS = 0.01
 """Share of the tolerance below which no start needs an iteration, whatever rounding makes of it."""
+CURVED = 3.0
+"""Safety of the nonlinearity seen lately, where that judges a residual which is not evaluated."""
+FADES = 0.3
+"""What a nonlinearity seen once is worth one evaluation later."""
 
 
 class Point(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..status import ArgumentError
-from .base import INNER_OPTIMIZERS, InnerOptimizer, InnerProblem, InnerStep, Point, any_true
+from .base import CURVED, FADES, INNER_OPTIMIZERS, InnerOptimizer, InnerProblem, InnerStep, Point, any_true
 from .evaluating import check_stop, step_error
 from .linesearch import STEPS, PowerMemory, Rated
 
@@ -22,12 +22,6 @@ WINDOW = 10
 """Images M p that the next one is made orthogonal to where M is not symmetric. A symmetric M needs none or one."""
 NOTHING = 1e-12
 """Share of |M p|**2 below which what is left of it, made orthogonal, is noise."""
-
-
-CURVED = 3.0
-"""Safety of what residuals carried along are seen to be off by, when that judges one which is not evaluated."""
-FADES = 0.3
-"""What something seen once is worth one evaluation later."""
 
 
 class CGMemory(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..linalg import gmres, minres
 from ..status import ArgumentError, UnsupportedError
-from .base import INNER_OPTIMIZERS, ROUNDING, InnerOptimizer, InnerStep, Point, StageProblem, any_true
+from .base import CURVED, FADES, INNER_OPTIMIZERS, ROUNDING, InnerOptimizer, InnerStep, Point, StageProblem, any_true
 from .precondition import NAMES, Preconditioner, check
 from .probes import waves
 
@@ -37,10 +37,6 @@ SHORTER, CUTS = 0.5, 8
 BELIEVED = 0.5
 """Ratio of successive residuals up to which the next one need not be evaluated: a singular M, which differences make regular,
 gives corrections without end that change no residual."""
-CURVED = 3.0
-"""Safety of the nonlinearity seen in earlier corrections, when it judges one whose residual is not evaluated."""
-FADES = 0.3
-"""What a nonlinearity seen once is worth one evaluation later."""
 SYMMETRIC = 30.0
 """Multiple of the root of the rounding unit up to which two products that a symmetric J makes equal may differ."""
 
